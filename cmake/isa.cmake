@@ -1,0 +1,20 @@
+# The kernels, compiled once per instruction set. Only these objects get the set's flags: everything else,
+# and with it the start of the program, runs on any processor of the family.
+
+function(rnnfast_add_isa name)
+  cmake_parse_arguments(ISA "" "" "FLAGS" ${ARGN})
+  add_library(kernels_${name} OBJECT csrc/cpu/kernels.cpp)
+  target_compile_features(kernels_${name} PRIVATE cxx_std_17)
+  target_compile_definitions(kernels_${name} PRIVATE RNNFAST_ISA=${name})
+  target_compile_options(kernels_${name} PRIVATE ${RNNFAST_FLAGS} ${ISA_FLAGS})
+  set_target_properties(kernels_${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  string(TOUPPER ${name} upper)
+  target_sources(_core PRIVATE $<TARGET_OBJECTS:kernels_${name}>)
+  target_compile_definitions(_core PRIVATE RNNFAST_BUILT_${upper})
+endfunction()
+
+rnnfast_add_isa(baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  rnnfast_add_isa(avx2 FLAGS -mavx2 -mfma)
+  rnnfast_add_isa(avx512 FLAGS -mavx512f -mavx2 -mfma -mprefer-vector-width=512)
+endif()

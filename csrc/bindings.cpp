@@ -1,0 +1,131 @@
+// The extension module: integers and addresses in, the GIL released, exceptions out. No arithmetic and no
+// array types; whoever calls has allocated and checked everything (python/rnnfast/ops.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "check.h"
+#include "cpu/kernels.h"
+#include "cpu/peaks.h"
+#include "cpu/plan.h"
+#include "cpu/team.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
+#include <omp.h>
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace rnnfast {
+namespace {
+
+using Address = std::uintptr_t;  // of a buffer; 0 means absent
+
+template <class Real>
+Real* at(Address address) {
+  return reinterpret_cast<Real*>(address);
+}
+
+void require(Status status) {
+  if (status != Status::ok) throw std::invalid_argument(message(status));
+}
+
+template <class Real>
+void layer_forward(LayerShape shape, Address x, Address w_ih, Address w_hh, Address b_ih, Address b_hh,
+                   Address h0, Address c0, Address y, Address h_n, Address c_n, Address c,
+                   Address gates) {
+  const LayerForward<Real> layer{
+      shape,        at<Real>(x),   at<Real>(w_ih), at<Real>(w_hh), at<Real>(b_ih), at<Real>(b_hh), at<Real>(h0),
+      at<Real>(c0), at<Real>(y),   at<Real>(h_n),  at<Real>(c_n),  at<Real>(c),    at<Real>(gates)};
+  require(check(layer));
+  cpu::kernels().of<Real>().forward(layer);
+}
+
+template <class Real>
+void layer_backward(LayerShape shape, Index k1, Index k2, Address dy, Address dh_n, Address dc_n,
+                    Address dc, Address x, Address w_ih, Address w_hh, Address h0, Address c0,
+                    Address y, Address c, Address gates, Address dx, Address dw_ih, Address dw_hh,
+                    Address db, Address dh0, Address dc0, Address da, Address da_windows) {
+  const LayerBackward<Real> layer{
+      shape,           k1,              k2,           at<Real>(dy),    at<Real>(dh_n),
+      at<Real>(dc_n),  at<Real>(dc),    at<Real>(x),  at<Real>(w_ih),  at<Real>(w_hh),
+      at<Real>(h0),    at<Real>(c0),    at<Real>(y),  at<Real>(c),     at<Real>(gates),
+      at<Real>(dx),    at<Real>(dw_ih), at<Real>(dw_hh), at<Real>(db), at<Real>(dh0),
+      at<Real>(dc0),   at<Real>(da),    at<Real>(da_windows)};
+  require(check(layer));
+  cpu::kernels().of<Real>().backward(layer);
+}
+
+template <class Real>
+void evaluate(const std::string& function, Index count, Address x, Address y) {
+  const auto which = function == "exp"       ? cpu::Function::exp
+                     : function == "sigmoid" ? cpu::Function::sigmoid
+                     : function == "tanh"    ? cpu::Function::tanh
+                                             : throw std::invalid_argument("unknown function " + function);
+  cpu::kernels().of<Real>().evaluate(which, count, at<Real>(x), at<Real>(y));
+}
+
+// The file the OpenMP functions in use come from: with torch loaded, torch's.
+std::string openmp_library() {
+#if defined(__unix__) || defined(__APPLE__)
+  Dl_info info;
+  if (dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info) && info.dli_fname)
+    return info.dli_fname;
+#endif
+  return "unknown";
+}
+
+py::dict build_info() {
+  return py::dict(
+      "version"_a = RNNFAST_VERSION, "compiler"_a = RNNFAST_COMPILER,
+      "isas_built"_a = cpu::built_isas(), "isas_available"_a = cpu::available_isas(),
+      "isa"_a = cpu::kernels().name, "openmp"_a = openmp_library(),
+      "cuda_architectures"_a = std::vector<std::string>());
+}
+
+py::dict plan(Index steps, Index rows, Index units, Index gates, Index terms, Index product_terms,
+              Index vector_width, Index real_bytes, Index tile_rows, Index l1_bytes, Index l2_bytes,
+              int threads) {
+  const cpu::Plan plan =
+      cpu::plan_recurrence({steps, rows, units, gates, terms, product_terms},
+                           {vector_width, real_bytes, tile_rows, l1_bytes, l2_bytes}, threads);
+  return py::dict("threads"_a = plan.threads,
+                  "split"_a = plan.split == cpu::Split::rows ? "rows" : "units",
+                  "cycles"_a = plan.cycles);
+}
+
+template <class Real>
+void bind_precision(py::module_& module, const std::string& suffix) {
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  module.def(("layer_forward_" + suffix).c_str(), &layer_forward<Real>, released);
+  module.def(("layer_backward_" + suffix).c_str(), &layer_backward<Real>, released);
+  module.def(("evaluate_" + suffix).c_str(), &evaluate<Real>, released);
+  module.def(("fma_peak_" + suffix).c_str(), &cpu::fma_peak<Real>, released);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The native core of rnnfast; use rnnfast's Python modules instead.";
+  py::enum_<Cell>(module, "Cell")
+      .value("lstm", Cell::lstm)
+      .value("rnn_tanh", Cell::rnn_tanh)
+      .value("rnn_relu", Cell::rnn_relu);
+  py::class_<LayerShape>(module, "LayerShape")
+      .def(py::init([](Cell cell, Index T, Index B, Index I, Index H, bool reverse, int threads) {
+        return LayerShape{cell, T, B, I, H, reverse, threads};
+      }));
+  bind_precision<float>(module, "float32");
+  bind_precision<double>(module, "float64");
+  module.def("read_bandwidth", &cpu::read_bandwidth, py::call_guard<py::gil_scoped_release>());
+  module.def("plan_recurrence", &plan);
+  module.def("use_isa", &cpu::use_isa);
+  module.def("build_info", &build_info);
+}
+
+}  // namespace rnnfast

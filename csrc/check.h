@@ -1,0 +1,67 @@
+// What a kernel's arguments must be so that it cannot read or write out of bounds. Python has said it
+// better by then; this is the second lock on the door, shared by every backend.
+#pragma once
+
+#include <limits>
+
+#include "rnnfast.h"
+
+namespace rnnfast {
+
+enum class Status { ok, bad_size, missing_argument, bad_truncation };
+
+inline const char* message(Status status) {
+  switch (status) {
+    case Status::bad_size: return "a size is negative, too large, or the thread count is below one";
+    case Status::missing_argument: return "an array that this operation needs is missing";
+    case Status::bad_truncation: return "truncation must satisfy 1 <= k1 <= T and k1 <= k2 <= ceil(T / k1) * k1";
+    case Status::ok: break;
+  }
+  return "ok";
+}
+
+// Every array of the operation has fewer elements than this.
+inline bool countable(const LayerShape& shape) {
+  const double largest = double(std::numeric_limits<Index>::max()) / 64;
+  const double widest = 4.0 * double(shape.H) + double(shape.I) + 64;
+  return double(shape.T) * double(shape.B + 1) * widest < largest && widest * widest < largest;
+}
+
+inline Status check(const LayerShape& shape) {
+  if (shape.T < 0 || shape.B < 0 || shape.I < 0 || shape.H < 1 || shape.threads < 1)
+    return Status::bad_size;
+  return countable(shape) ? Status::ok : Status::bad_size;
+}
+
+template <class Real>
+Status check(const LayerForward<Real>& layer) {
+  const LayerShape& shape = layer.shape;
+  if (const Status status = check(shape); status != Status::ok) return status;
+  const bool lstm = shape.cell == Cell::lstm, empty = shape.T == 0 || shape.B == 0;
+  if (!layer.w_hh || (!layer.w_ih && shape.I > 0)) return Status::missing_argument;
+  if (empty) return Status::ok;
+  if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y || !layer.h_n)
+    return Status::missing_argument;
+  if (lstm && (!layer.c0 || !layer.c_n)) return Status::missing_argument;
+  return Status::ok;
+}
+
+template <class Real>
+Status check(const LayerBackward<Real>& layer) {
+  const LayerShape& shape = layer.shape;
+  if (const Status status = check(shape); status != Status::ok) return status;
+  if (layer.k1 < 1 || layer.k1 > shape.T) return Status::bad_truncation;
+  const Index blocks = (shape.T + layer.k1 - 1) / layer.k1;
+  if (layer.k1 > layer.k2 || layer.k2 > blocks * layer.k1) return Status::bad_truncation;
+  const bool lstm = shape.cell == Cell::lstm, empty = shape.B == 0;
+  if (!layer.w_hh || (!layer.w_ih && shape.I > 0)) return Status::missing_argument;
+  if (layer.db && !layer.dw_hh) return Status::missing_argument;
+  if (empty) return Status::ok;
+  if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y || !layer.dh0 || !layer.da)
+    return Status::missing_argument;
+  if (lstm && (!layer.c0 || !layer.c || !layer.gates || !layer.dc0)) return Status::missing_argument;
+  if (layer.k2 > layer.k1 && !layer.da_windows) return Status::missing_argument;
+  return Status::ok;
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,49 @@
+// The functions a build for one instruction set offers, and the choice among the builds at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../rnnfast.h"
+
+namespace rnnfast::cpu {
+
+enum class Function { exp, sigmoid, tanh };
+
+template <class Real>
+struct KernelsFor {
+  void (*forward)(const LayerForward<Real>& layer);
+  void (*backward)(const LayerBackward<Real>& layer);
+  void (*evaluate)(Function function, Index count, const Real* x, Real* y);
+  // Runs independent FMAs in registers; returns how many floating-point operations those were.
+  double (*fma_loop)(Index iterations);
+  // Adds up an array: reads it once, as fast as loads go.
+  Real (*sum)(Index count, const Real* x);
+};
+
+struct Kernels {
+  const char* name;
+  KernelsFor<float> f32;
+  KernelsFor<double> f64;
+
+  template <class Real>
+  const KernelsFor<Real>& of() const {
+    if constexpr (sizeof(Real) == 4)
+      return f32;
+    else
+      return f64;
+  }
+};
+
+// The builds this processor can run, slowest first; "baseline" is always there.
+std::vector<std::string> available_isas();
+std::vector<std::string> built_isas();
+
+// The build in use: the best available, or the one RNNFAST_ISA names. Throws std::invalid_argument where
+// that is unknown or cannot run here.
+const Kernels& kernels();
+
+// Puts another build in use, for the whole process; throws as kernels() does.
+void use_isa(const std::string& name);
+
+}  // namespace rnnfast::cpu

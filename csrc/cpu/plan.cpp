@@ -1,0 +1,69 @@
+#include "plan.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace rnnfast::cpu {
+namespace {
+
+constexpr double barrier_cycles = 800;       // a hand-over between cores, there and back
+constexpr double region_cycles = 15000;      // waking the pool and joining it
+constexpr double cell_cycles_per_gate = 15;  // nonlinearities, for a vector of units
+
+Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+
+// One thread's work in one step: `rows` batch rows by `vectors` vectors of hidden units.
+double step_cycles(const Recurrence& work, const Engine& engine, Index rows, Index vectors) {
+  const double columns = double(vectors * work.gates);
+  // Fewer than two rows leave too few independent sums to cover the latency of an FMA.
+  const double multiply = double(work.terms) * columns * std::max(double(rows) / 2, 1.0);
+  const double weights =
+      double(work.terms) * columns * double(engine.vector_width * engine.real_bytes);
+  const double bytes_per_cycle =
+      weights <= double(engine.l1_bytes) ? 96 : weights <= double(engine.l2_bytes) ? 40 : 8;
+  const double cell = double(rows * vectors * work.gates) * cell_cycles_per_gate;
+  const double products = double(work.product_terms) * columns * double(rows) / 2;
+  return std::max(multiply, weights / bytes_per_cycle) + cell + products;
+}
+
+}  // namespace
+
+Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) {
+  const Index vectors = ceil_div(work.units, engine.vector_width);
+  const double steps = double(work.steps);
+  Plan best{1, Split::rows, steps * step_cycles(work, engine, work.rows, vectors)};
+  const auto consider = [&](int count, Split split, double cycles) {
+    if (cycles + region_cycles < best.cycles) best = {count, split, cycles + region_cycles};
+  };
+  for (int count = 2; count <= threads; count = count == threads ? count + 1
+                                               : std::min(2 * count, threads)) {
+    if (work.rows >= count)
+      consider(count, Split::rows,
+               steps * step_cycles(work, engine, ceil_div(work.rows, count), vectors));
+    if (vectors >= count)
+      consider(count, Split::units,
+               steps * (step_cycles(work, engine, work.rows, ceil_div(vectors, count)) +
+                        barrier_cycles));
+  }
+  return best;
+}
+
+// Only some C libraries tell, and some answer 0: then a common size stands in.
+Index l1_cache_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const long bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 32 << 10;
+}
+
+Index l2_cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
+}  // namespace rnnfast::cpu

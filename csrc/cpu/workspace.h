@@ -1,0 +1,47 @@
+// Scratch memory of the calling thread, kept from call to call.
+//
+// Packed weights and row buffers are needed anew in every call; fresh pages from the system would cost
+// more than packing does. What is kept is bounded: a larger piece is given back after the call.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "../rnnfast.h"
+
+namespace rnnfast::cpu {
+
+constexpr std::size_t cache_line = 64;
+constexpr std::size_t kept_bytes = std::size_t{64} << 20;
+
+class Workspace {
+ public:
+  // The calling thread's workspace, with room for `bytes`; throws std::bad_alloc.
+  static Workspace& with_room(std::size_t bytes);
+
+  // The next `count` elements, at a cache line boundary. The room must have been asked for.
+  template <class Element>
+  Element* take(Index count) {
+    auto* taken = reinterpret_cast<Element*>(memory_.get() + used_);
+    used_ += bytes_for<Element>(count);
+    return taken;
+  }
+
+  template <class Element>
+  static std::size_t bytes_for(Index count) {
+    const std::size_t bytes = sizeof(Element) * static_cast<std::size_t>(count);
+    return (bytes + cache_line - 1) / cache_line * cache_line;
+  }
+
+  // Ends a call: everything taken is void, and more than kept_bytes goes back to the system.
+  void release();
+
+ private:
+  struct Free {
+    void operator()(std::byte* memory) const;
+  };
+  std::unique_ptr<std::byte, Free> memory_;
+  std::size_t capacity_ = 0, used_ = 0;
+};
+
+}  // namespace rnnfast::cpu

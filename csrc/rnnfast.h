@@ -1,0 +1,89 @@
+// The contract between whoever allocates (Python) and whoever computes (cpu/, cuda/).
+//
+// One plain struct per operation. Nothing here owns memory, knows torch, or names a device: a backend
+// reads the inputs, writes the outputs, and may scribble on what is marked scratch. Unless a line says
+// otherwise every array is dense and row-major, arrays do not overlap, and a null pointer means
+// "absent" only where the line says so.
+//
+// Sizes   T steps, B batch rows, I input, H hidden units, G gates of the cell (LSTM 4, RNN 1).
+// Gates   stand in torch's order i, f, g, o, so a row of 4H holds i(0..H), f(0..H), g(0..H), o(0..H).
+// Steps   t is the index into the arrays; p counts steps in processing order: p = t, or p = T-1-t for
+//         a layer that runs in reverse. "Previous" always means previous in processing order.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnfast {
+
+using Index = std::int64_t;
+
+enum class Cell { lstm, rnn_tanh, rnn_relu };
+
+constexpr Index gate_count(Cell cell) { return cell == Cell::lstm ? 4 : 1; }
+
+struct LayerShape {
+  Cell cell;
+  Index T, B, I, H;
+  bool reverse;  // run t = T-1 .. 0
+  int threads;   // at most this many threads, >= 1
+};
+
+// One layer, one direction, forward.
+template <class Real>
+struct LayerForward {
+  LayerShape shape;
+
+  const Real* x;     // input   (T, B, I)
+  const Real* w_ih;  // input   (G*H, I)
+  const Real* w_hh;  // input   (G*H, H)
+  const Real* b_ih;  // input   (G*H)      may be null: zero
+  const Real* b_hh;  // input   (G*H)      may be null: zero
+  const Real* h0;    // input   (B, H)
+  const Real* c0;    // input   (B, H)     LSTM only, else null
+
+  Real* y;      // output  (T, B, H)       hidden state of every step; an RNN's saved tensor too
+  Real* h_n;    // output  (B, H)          hidden state after the last step
+  Real* c_n;    // output  (B, H)          LSTM only, else null
+  Real* c;      // saved   (T, B, H)       LSTM: cell state of every step; null: not kept
+  Real* gates;  // saved   (T, B, 4, H)    LSTM: i, f, g, o after their nonlinearities; null: not kept
+};
+
+// One layer, one direction, backward, truncated or not.
+//
+// Truncation TBPTT(k1, k2): losses are grouped in blocks of k1 steps, block j covering
+// t in [j*k1, min((j+1)*k1, T)). A block's losses send gradient through the block itself and the
+// k2-k1 steps that precede it in processing order, and no further. A window that reaches p = 0 also
+// passes gradient on to h0 and c0. Gradients of the final states belong to the last block in processing
+// order. k1 = k2 = T is plain BPTT.
+template <class Real>
+struct LayerBackward {
+  LayerShape shape;
+  Index k1, k2;  // 1 <= k1 <= T and k1 <= k2 <= N*k1, where N = ceil(T / k1) is the number of blocks
+
+  const Real* dy;    // input   (T, B, H)   may be null: zero
+  const Real* dh_n;  // input   (B, H)      may be null: zero
+  const Real* dc_n;  // input   (B, H)      LSTM; may be null: zero
+  const Real* dc;    // input   (T, B, H)   LSTM: gradient of every step's cell state; may be null: zero
+
+  const Real* x;      // input  (T, B, I)
+  const Real* w_ih;   // input  (G*H, I)
+  const Real* w_hh;   // input  (G*H, H)
+  const Real* h0;     // input  (B, H)
+  const Real* c0;     // input  (B, H)       LSTM only, else null
+  const Real* y;      // saved  (T, B, H)    as the forward pass left it
+  const Real* c;      // saved  (T, B, H)    LSTM only, else null
+  const Real* gates;  // saved  (T, B, 4, H) LSTM only, else null
+
+  Real* dx;     // output  (T, B, I)     may be null: not wanted
+  Real* dw_ih;  // output  (G*H, I)      may be null: not wanted
+  Real* dw_hh;  // output  (G*H, H)      may be null: not wanted
+  Real* db;     // output  (G*H)         gradient of b_ih, and of b_hh; may be null: not wanted;
+                //                        needs dw_hh to be wanted too
+  Real* dh0;    // output  (B, H)
+  Real* dc0;    // output  (B, H)        LSTM only, else null
+
+  Real* da;          // scratch (T, B, G*H)     gradient of the pre-activations
+  Real* da_windows;  // scratch (2, N*B, G*H)   the same, of each window; only when k2 > k1, else null
+};
+
+}  // namespace rnnfast

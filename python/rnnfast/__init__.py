@@ -1,0 +1,21 @@
+"""LSTM and RNN layers on fused kernels, as drop-in torch modules."""
+
+from . import bptt, functional
+from ._native import build_info
+from .convert import convert, revert
+from .modules import LSTM, RNN, LSTMCell, RNNCell
+
+__all__ = [
+    "LSTM",
+    "RNN",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "bptt",
+    "build_info",
+    "convert",
+    "functional",
+    "revert",
+]
+
+__version__ = "0.1.0"

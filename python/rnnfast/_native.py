@@ -1,0 +1,73 @@
+"""Loads the native core, and says what it can do.
+
+torch is imported first on purpose: its wheel brings the OpenMP runtime, and the core then binds to that
+one instead of a second, so that there is one thread pool and ``torch.set_num_threads`` governs it.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch  # before _core: see above
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+try:
+    from . import _core as core
+except ImportError as error:  # the package runs without, up to the first call that needs it
+    _reason = str(error)
+
+    class _Missing:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(
+                f"rnnfast's native core could not be loaded ({_reason}); "
+                "reinstall rnnfast with a C++17 compiler at hand: pip install --force-reinstall ."
+            )
+
+    core = _Missing()
+
+_SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The name the core gives to ``dtype``; NotImplementedError where it has no kernels for it."""
+    try:
+        return _SUFFIX[dtype]
+    except KeyError:
+        raise NotImplementedError(
+            f"rnnfast's kernels compute in float32 and float64, not in {dtype}"
+        ) from None
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what is in use.
+
+    Returns:
+        ``version``, ``compiler``, ``isas_built`` and ``isas_available`` (slowest first), ``isa`` (the one in
+        use; the environment variable ``RNNFAST_ISA`` forces one), ``openmp`` (the library file the thread
+        pool comes from), ``cuda_architectures``.
+    """
+    return core.build_info()
+
+
+@contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    """Runs the body with the kernels of instruction set ``name``; for the whole process, so for tests."""
+    before = core.build_info()["isa"]
+    core.use_isa(name)
+    try:
+        yield
+    finally:
+        core.use_isa(before)
+
+
+def fma_peak(threads: int, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s that ``threads`` threads reach on independent FMAs; takes some tens of milliseconds."""
+    return getattr(core, f"fma_peak_{precision(dtype)}")(threads)
+
+
+def read_bandwidth(bytes: int, threads: int) -> float:
+    """Bytes/s that ``threads`` threads read together, each from ``bytes`` of its own."""
+    return core.read_bandwidth(bytes, threads)

@@ -1,0 +1,294 @@
+"""The operators: one layer in one direction, forward and backward, registered with torch.
+
+Each operator has a schema, a fake kernel (shapes only, for ``torch.compile`` and meta tensors), a CPU kernel
+that allocates the outputs and calls the native core, and an autograd formula that is again an operator.
+Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers, and nothing here copies unless an
+argument is not contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._native import core, precision
+
+__all__ = ["lstm_layer", "rnn_layer"]
+
+_LSTM = (
+    "(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh,"
+    " bool reverse, int k1, int k2, bool save)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
+)
+_LSTM_BACKWARD = (
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor h0, Tensor c0, Tensor w_ih,"
+    " Tensor w_hh, Tensor y, Tensor c, Tensor gates, bool reverse, int k1, int k2,"
+    " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b)"
+    " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
+)
+_RNN = (
+    "(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str nonlinearity,"
+    " bool reverse, int k1, int k2) -> (Tensor y, Tensor h_n)"
+)
+_RNN_BACKWARD = (
+    "(Tensor? dy, Tensor? dh_n, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor y,"
+    " str nonlinearity, bool reverse, int k1, int k2,"
+    " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b)"
+    " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
+)
+
+
+def _address(tensor: Tensor | None) -> int:
+    """Where a tensor's elements begin; 0 stands for an absent or empty one."""
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """The kernels trust sizes, so an operator called directly with wrong ones must stop here."""
+    if tensor is None:
+        return
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but should have {shape}")
+    if tensor.dtype != like.dtype:
+        raise RuntimeError(f"{name} is {tensor.dtype}, but x is {like.dtype}: they should be equal")
+
+
+def _sizes(x: Tensor, w_hh: Tensor) -> tuple[int, int, int, int]:
+    if x.dim() != 3:
+        raise RuntimeError(f"x has {x.dim()} dimensions, but should have 3: (T, B, I)")
+    return *x.shape, w_hh.shape[-1]
+
+
+def _check(gates, x, w_ih, w_hh, b_ih, b_hh, states) -> tuple[int, int, int, int]:
+    T, B, I, H = _sizes(x, w_hh)
+    _expect("w_ih", w_ih, (gates * H, I), x)
+    _expect("w_hh", w_hh, (gates * H, H), x)
+    _expect("b_ih", b_ih, (gates * H,), x)
+    _expect("b_hh", b_hh, (gates * H,), x)
+    for name, state in states.items():
+        _expect(name, state, (B, H), x)
+    return T, B, I, H
+
+
+def _window(T: int, k1: int, k2: int) -> tuple[int, int]:
+    """Clips (k1, k2) to T steps without changing what they mean; (0, 0) is full BPTT."""
+    if k1 == 0 and k2 == 0:
+        return T, T
+    if not 1 <= k1 <= k2:
+        raise RuntimeError(f"k1 is {k1} and k2 is {k2}, but 1 <= k1 <= k2 should hold (or both be 0)")
+    if k1 >= T:
+        return T, T
+    return k1, min(k2, -(-T // k1) * k1)
+
+
+def _shape(cell, T: int, B: int, I: int, H: int, reverse: bool):
+    return core.LayerShape(cell, T, B, I, H, reverse, torch.get_num_threads())
+
+
+def _nonlinearity(name: str):
+    if name not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity is {name!r}, but should be 'tanh' or 'relu'")
+    return core.Cell.rnn_tanh if name == "tanh" else core.Cell.rnn_relu
+
+
+# Forward
+
+
+def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
+    T, B, I, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
+    _window(T, k1, k2)
+    forward = getattr(core, f"layer_forward_{precision(x.dtype)}")
+    if T == 0:
+        return x.new_empty(0, B, H), h0.clone(), c0.clone(), x.new_empty(0), x.new_empty(0)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh = map(_dense, (x, h0, c0, w_ih, w_hh, b_ih, b_hh))
+    y, h_n, c_n = x.new_empty(T, B, H), x.new_empty(B, H), x.new_empty(B, H)
+    c = x.new_empty((T, B, H) if save else (0,))
+    gates = x.new_empty((T, B, 4, H) if save else (0,))
+    inputs = (x, w_ih, w_hh, b_ih, b_hh, h0, c0)
+    outputs = (y, h_n, c_n, c, gates)
+    forward(_shape(core.Cell.lstm, T, B, I, H, reverse), *map(_address, inputs + outputs))
+    return outputs
+
+
+def _rnn_layer_cpu(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
+    T, B, I, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
+    _window(T, k1, k2)
+    forward = getattr(core, f"layer_forward_{precision(x.dtype)}")
+    cell = _nonlinearity(nonlinearity)
+    if T == 0:
+        return x.new_empty(0, B, H), h0.clone()
+    x, h0, w_ih, w_hh, b_ih, b_hh = map(_dense, (x, h0, w_ih, w_hh, b_ih, b_hh))
+    y, h_n = x.new_empty(T, B, H), x.new_empty(B, H)
+    addresses = map(_address, (x, w_ih, w_hh, b_ih, b_hh, h0, None, y, h_n, None, None, None))
+    forward(_shape(cell, T, B, I, H, reverse), *addresses)
+    return y, h_n
+
+
+# Backward
+
+
+def _gradients(x, h0, w_ih, w_hh, want_x, want_w_ih, want_w_hh, want_b):
+    """dx, dw_ih, dw_hh, db: uninitialised where wanted, else without elements."""
+    rows = w_hh.shape[0]
+    return (
+        x.new_empty(x.shape if want_x else (0,)),
+        x.new_empty(w_ih.shape if want_w_ih else (0,)),
+        x.new_empty(w_hh.shape if want_w_hh or want_b else (0,)),  # db comes with dw_hh
+        x.new_empty((rows,) if want_b else (0,)),
+    )
+
+
+def _scratch(x: Tensor, rows: int, k1: int, k2: int) -> tuple[Tensor, Tensor | None]:
+    """da and, where windows overlap, da of each window."""
+    T, B = x.shape[:2]
+    windows = x.new_empty(2, -(-T // k1) * B, rows) if k2 > k1 else None
+    return x.new_empty(T, B, rows), windows
+
+
+def _lstm_layer_backward_cpu(
+    dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *wants
+):
+    T, B, I, H = _check(
+        4, x, w_ih, w_hh, None, None, {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
+    )
+    for name, tensor in {"dy": dy, "dc": dc, "y": y, "c": c}.items():
+        _expect(name, tensor, (T, B, H), x)
+    _expect("gates", gates, (T, B, 4, H), x)
+    dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
+    if T == 0:
+        dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
+        dc0 = torch.zeros_like(c0) if dc_n is None else dc_n.clone()
+        return dx, dh0, dc0, dw_ih.zero_(), dw_hh.zero_(), db.zero_()
+    k1, k2 = _window(T, k1, k2)
+    inputs = tuple(map(_dense, (dy, dh_n, dc_n, dc, x, w_ih, w_hh, h0, c0, y, c, gates)))
+    dh0, dc0 = x.new_empty(B, H), x.new_empty(B, H)
+    outputs = (dx, dw_ih, dw_hh, db, dh0, dc0)
+    scratch = _scratch(x, 4 * H, k1, k2)
+    backward = getattr(core, f"layer_backward_{precision(x.dtype)}")
+    shape = _shape(core.Cell.lstm, T, B, I, H, reverse)
+    backward(shape, k1, k2, *map(_address, inputs + outputs + scratch))
+    return dx, dh0, dc0, dw_ih, dw_hh, db
+
+
+def _rnn_layer_backward_cpu(
+    dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants
+):
+    T, B, I, H = _check(1, x, w_ih, w_hh, None, None, {"h0": h0, "dh_n": dh_n})
+    for name, tensor in {"dy": dy, "y": y}.items():
+        _expect(name, tensor, (T, B, H), x)
+    dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
+    if T == 0:
+        dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
+        return dx, dh0, dw_ih.zero_(), dw_hh.zero_(), db.zero_()
+    k1, k2 = _window(T, k1, k2)
+    dy, dh_n, x, w_ih, w_hh, h0, y = map(_dense, (dy, dh_n, x, w_ih, w_hh, h0, y))
+    inputs = (dy, dh_n, None, None, x, w_ih, w_hh, h0, None, y, None, None)
+    dh0 = x.new_empty(B, H)
+    outputs = (dx, dw_ih, dw_hh, db, dh0, None)
+    scratch = _scratch(x, H, k1, k2)
+    backward = getattr(core, f"layer_backward_{precision(x.dtype)}")
+    shape = _shape(_nonlinearity(nonlinearity), T, B, I, H, reverse)
+    backward(shape, k1, k2, *map(_address, inputs + outputs + scratch))
+    return dx, dh0, dw_ih, dw_hh, db
+
+
+# Shapes alone
+
+
+def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
+    T, B, _ = x.shape
+    H = w_hh.shape[-1]
+    c, gates = ((T, B, H), (T, B, 4, H)) if save else ((0,), (0,))
+    return (
+        x.new_empty(T, B, H),
+        x.new_empty(B, H),
+        x.new_empty(B, H),
+        x.new_empty(c),
+        x.new_empty(gates),
+    )
+
+
+def _rnn_layer_fake(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
+    T, B, _ = x.shape
+    H = w_hh.shape[-1]
+    return x.new_empty(T, B, H), x.new_empty(B, H)
+
+
+def _lstm_layer_backward_fake(
+    dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *wants
+):
+    dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
+    return dx, x.new_empty(h0.shape), x.new_empty(c0.shape), dw_ih, dw_hh, db
+
+
+def _rnn_layer_backward_fake(
+    dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants
+):
+    dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
+    return dx, x.new_empty(h0.shape), dw_ih, dw_hh, db
+
+
+# Autograd
+
+
+def _lstm_setup(ctx, inputs, output):
+    x, h0, c0, w_ih, w_hh, _, _, ctx.reverse, ctx.k1, ctx.k2, ctx.save = inputs
+    y, _, _, c, gates = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gates)
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, c, gates)
+
+
+def _lstm_autograd(ctx, dy, dh_n, dc_n, dc, _):
+    if not ctx.save:
+        raise RuntimeError("lstm_layer was called with save=False, so it cannot be differentiated")
+    needs = ctx.needs_input_grad
+    want_b = needs[5] or needs[6]
+    dx, dh0, dc0, dw_ih, dw_hh, db = torch.ops.rnnfast.lstm_layer_backward(
+        *(dy, dh_n, dc_n, dc, *ctx.saved_tensors, ctx.reverse, ctx.k1, ctx.k2),
+        *(needs[0], needs[3], needs[4], want_b),
+    )
+    grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db)
+    return *_wanted(grads, needs), None, None, None, None
+
+
+def _rnn_setup(ctx, inputs, output):
+    x, h0, w_ih, w_hh, _, _, ctx.nonlinearity, ctx.reverse, ctx.k1, ctx.k2 = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h0, w_ih, w_hh, output[0])
+
+
+def _rnn_autograd(ctx, dy, dh_n):
+    needs = ctx.needs_input_grad
+    want_b = needs[4] or needs[5]
+    dx, dh0, dw_ih, dw_hh, db = torch.ops.rnnfast.rnn_layer_backward(
+        *(dy, dh_n, *ctx.saved_tensors, ctx.nonlinearity, ctx.reverse, ctx.k1, ctx.k2),
+        *(needs[0], needs[2], needs[3], want_b),
+    )
+    grads = (dx, dh0, dw_ih, dw_hh, db, db)
+    return *_wanted(grads, needs), None, None, None, None
+
+
+def _wanted(grads, needs):
+    return (grad if need else None for grad, need in zip(grads, needs, strict=False))
+
+
+def _register(name: str, schema: str, cpu, fake) -> torch._ops.OpOverload:
+    torch.library.define(f"rnnfast::{name}", schema)
+    torch.library.impl(f"rnnfast::{name}", "CPU")(cpu)
+    torch.library.register_fake(f"rnnfast::{name}")(fake)
+    return getattr(torch.ops.rnnfast, name).default
+
+
+lstm_layer = _register("lstm_layer", _LSTM, _lstm_layer_cpu, _lstm_layer_fake)
+rnn_layer = _register("rnn_layer", _RNN, _rnn_layer_cpu, _rnn_layer_fake)
+_register(
+    "lstm_layer_backward", _LSTM_BACKWARD, _lstm_layer_backward_cpu, _lstm_layer_backward_fake
+)
+_register("rnn_layer_backward", _RNN_BACKWARD, _rnn_layer_backward_cpu, _rnn_layer_backward_fake)
+torch.library.register_autograd("rnnfast::lstm_layer", _lstm_autograd, setup_context=_lstm_setup)
+torch.library.register_autograd("rnnfast::rnn_layer", _rnn_autograd, setup_context=_rnn_setup)

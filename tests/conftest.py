@@ -1,0 +1,30 @@
+"""Fixtures that force what a test would otherwise leave to the machine: instruction set and threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rnnfast import _native
+
+
+@pytest.fixture(params=_native.build_info()["isas_available"])
+def isa(request):
+    """Runs the test once under every instruction set this processor has."""
+    with _native.using_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    """Runs the test with one thread, with two, and with more than most test machines have cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers whichever tests run, in whichever order."""
+    torch.manual_seed(0)

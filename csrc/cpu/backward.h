@@ -103,23 +103,21 @@ RNNFAST_INLINE void add_gates(const Real* from, Index H, Index lanes, Real* sum)
 // Memory of one backward call, shared by the team.
 template <class Real>
 struct BackwardScratch {
-  Real* packed_ih;  // W_ih, one row per k
-  Real* packed_hh;  // W_hh, likewise
   Real* zeros;      // (G*H): the da of a step outside of its window
   Real* dh_start;   // (windows that reach the start, B, H): their gradient of h0
   Real* dc_start;   // likewise of c0
 };
 
 // The recurrence of one thread's part.
-template <class Real, class CellStep>
+template <class Real, class CellStep, class Right>
 void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
-                const Truncation& truncation, CellStep cell, const BackwardScratch<Real>& scratch,
-                Real* buffer) {
+                const Truncation& truncation, CellStep cell, const Right& w_hh,
+                const BackwardScratch<Real>& scratch, Real* buffer) {
   constexpr Index width = Vec<Real>::width;
   const Index B = layer.shape.B, H = layer.shape.H, GH = CellStep::gates * H;
   const Index window_rows = truncation.blocks() * B;
   const bool overlapping = layer.k2 > layer.k1;
-  const Columns<Real> columns{H, 1};
+  const Columns<Real>& columns = w_hh.columns;
   const Part part = part_of(team, plan, window_rows, columns.unit_vectors());
   const bool meets = plan.split == Split::units || overlapping;
 
@@ -164,11 +162,7 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
         sums[r] = buffer + r * panel_width<Real>;
       }
       for_each_piece(columns, part.unit_vectors, [&](Piece piece) {
-        if (s + 1 < layer.k2)
-          multiply<Real>(rows.size(), piece.vectors, GH, a,
-                         scratch.packed_hh + piece.panel * GH * panel_width<Real> +
-                             piece.first * width,
-                         {sums, width, false});
+        if (s + 1 < layer.k2) w_hh.multiply(rows.size(), piece, a, {sums, width, false});
         for (Index r = 0; r < rows.size(); ++r) {
           const Index row = first + r;
           const WindowRow at = row_at(s, row);
@@ -207,33 +201,33 @@ void add_starts(Team& team, Index windows, Index count, const Real* starts, Real
 }
 
 // dx, dw_ih, dw_hh and db of this thread's part, once all of da is there.
-template <class Real>
-void products(Team& team, const LayerBackward<Real>& layer, Index GH, const Real* packed_ih,
+template <class Real, class Right>
+void products(Team& team, const LayerBackward<Real>& layer, Index GH, const Right& w_ih,
               Real* blocks) {
-  const auto [kind, T, B, I, H, reverse, threads] = layer.shape;
+  const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
   const Index rows = T * B;
   const auto da_of = [&](Index row) -> const Real* { return layer.da + row * GH; };
   if (layer.dx) {
-    const Columns<Real> columns{I, 1};
+    const Columns<Real>& columns = w_ih.columns;
     // Threads share the longer side.
     const bool by_rows = rows >= row_block * team.size || rows >= I;
     const Range own = by_rows ? team.share(rows) : Range{0, rows};
     const Range vectors =
         by_rows ? Range{0, columns.unit_vectors()} : team.share(columns.unit_vectors());
-    multiply_rows(
-        own.size(), GH, [&](Index m) { return da_of(own.begin + m); }, packed_ih, columns, vectors,
-        [&, I = I](Index m) { return layer.dx + (own.begin + m) * I; });
+    multiply_rows<Real>(
+        own.size(), [&](Index m) { return da_of(own.begin + m); }, w_ih, vectors,
+        [&](Index m) { return layer.dx + (own.begin + m) * I; });
   }
   const Range part = team.share(GH);
   const bool has_input = layer.dw_ih && I > 0;
   if (has_input)
     weight_gradient(
-        part, I, rows, da_of, [&, I = I](Index row) { return layer.x + row * I; }, layer.dw_ih,
+        part, I, rows, da_of, [&](Index row) { return layer.x + row * I; }, layer.dw_ih,
         layer.db, blocks);
   if (layer.dw_hh) {
-    const auto h_prev = [&, T = T, B = B, H = H, reverse = reverse](Index row) -> const Real* {
+    const auto h_prev = [&](Index row) -> const Real* {
       const Index t = row / B, b = row % B;
-      if (reverse) return t == T - 1 ? layer.h0 + b * H : layer.y + (row + B) * H;
+      if (layer.shape.reverse) return t == T - 1 ? layer.h0 + b * H : layer.y + (row + B) * H;
       return t == 0 ? layer.h0 + b * H : layer.y + (row - B) * H;
     };
     weight_gradient(part, H, rows, da_of, h_prev, layer.dw_hh,
@@ -241,20 +235,31 @@ void products(Team& team, const LayerBackward<Real>& layer, Index GH, const Real
   }
 }
 
+// Packs this thread's share of the panels of a matrix stored one row per k.
+template <class Real>
+void pack_share(Team& team, const Columns<Real>& columns, Index k_count, const Real* from, Real* to) {
+  const Range panels = team.share(columns.panels());
+  pack_rows(
+      columns, panels, k_count, [&](Index k) { return from + k * columns.units; },
+      to + panels.begin * k_count * panel_width<Real>);
+}
+
 template <class Real, class MakeCell>
 void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCell&& make_cell) {
-  const auto [kind, T, B, I, H, reverse, threads] = layer.shape;
+  const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
   const Index GH = gates * H;
-  const Truncation truncation{T, layer.k1, layer.k2, reverse};
+  const Truncation truncation{T, layer.k1, layer.k2, layer.shape.reverse};
   const Index window_rows = truncation.blocks() * B;
   const Index starts = truncation.windows_to_start() * B;
   const Columns<Real> hidden{H, 1}, input{I, 1};
+  const bool pack = T * B >= packing_pays;
   const Index product_terms = gates * ((layer.dx ? I : 0) + I + H);
   const Plan plan = plan_recurrence({layer.k2, window_rows, H, 1, GH, product_terms},
-                                    engine<Real>(), threads);
+                                    engine<Real>(), layer.shape.threads);
 
-  const Index ih_count = layer.dx ? input.panels() * GH * panel_width<Real> : 0;
-  const Index hh_count = hidden.panels() * GH * panel_width<Real>;
+  // Without packing, only a last panel that is not full.
+  const Index ih_count = layer.dx ? (pack ? input.panels() : 1) * GH * panel_width<Real> : 0;
+  const Index hh_count = (pack ? hidden.panels() : 1) * GH * panel_width<Real>;
   const Index carry_count = gates == 4 ? window_rows * H : 0;
   const Index buffer_count =
       std::max<Index>(row_block * panel_width<Real>, GradientBlocks<Real>::count);
@@ -262,9 +267,9 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCell&& make
   Workspace& workspace = Workspace::with_room(
       bytes(ih_count) + bytes(hh_count) + bytes(GH) + 2 * bytes(starts * H) + bytes(carry_count) +
       bytes(buffer_count * plan.threads));
+  Real* packed_ih = workspace.take<Real>(ih_count);
+  Real* packed_hh = workspace.take<Real>(hh_count);
   BackwardScratch<Real> scratch{};
-  scratch.packed_ih = workspace.take<Real>(ih_count);
-  scratch.packed_hh = workspace.take<Real>(hh_count);
   scratch.zeros = workspace.take<Real>(GH);
   scratch.dh_start = workspace.take<Real>(starts * H);
   scratch.dc_start = workspace.take<Real>(starts * H);
@@ -272,22 +277,31 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCell&& make
   Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
   std::fill(scratch.zeros, scratch.zeros + GH, Real(0));
 
-  auto body = [&, B = B, I = I, H = H](Team& team) {
+  const auto run = [&](Team& team, const auto& w_ih, const auto& w_hh) {
     Real* buffer = buffers + team.rank * buffer_count;
-    pack_rows(
-        hidden, team.share(hidden.panels()), GH, [&](Index k) { return layer.w_hh + k * H; },
-        scratch.packed_hh + team.share(hidden.panels()).begin * GH * panel_width<Real>);
-    if (layer.dx)
-      pack_rows(
-          input, team.share(input.panels()), GH, [&](Index k) { return layer.w_ih + k * I; },
-          scratch.packed_ih + team.share(input.panels()).begin * GH * panel_width<Real>);
-    team.barrier();
-    recur_back(team, plan, layer, truncation, make_cell(dc_carry), scratch, buffer);
+    recur_back(team, plan, layer, truncation, make_cell(dc_carry), w_hh, scratch, buffer);
     team.barrier();
     add_starts(team, truncation.windows_to_start(), B * H, scratch.dh_start, layer.dh0);
     if (layer.dc0)
       add_starts(team, truncation.windows_to_start(), B * H, scratch.dc_start, layer.dc0);
-    products(team, layer, GH, scratch.packed_ih, buffer);
+    products(team, layer, GH, w_ih, buffer);
+  };
+  auto body = [&](Team& team) {
+    if (pack) {
+      pack_share(team, hidden, GH, layer.w_hh, packed_hh);
+      if (layer.dx) pack_share(team, input, GH, layer.w_ih, packed_ih);
+      team.barrier();
+      using Right = Packed<Real>;
+      return run(team, Right{input, GH, packed_ih}, Right{hidden, GH, packed_hh});
+    }
+    using Right = UnpackedRows<Real>;
+    const Right w_ih{input, GH, layer.w_ih, packed_ih}, w_hh{hidden, GH, layer.w_hh, packed_hh};
+    if (team.rank == 0) {
+      if (layer.dx) w_ih.pack_last(packed_ih);
+      w_hh.pack_last(packed_hh);
+    }
+    team.barrier();
+    run(team, w_ih, w_hh);
   };
   run_team(plan.threads, body);
   workspace.release();

@@ -9,6 +9,7 @@
 #include "../dispatch.h"
 #include "gemm.h"
 #include "plan.h"
+#include "unpacked.h"
 #include "vmath.h"
 #include "workspace.h"
 
@@ -106,53 +107,45 @@ struct RnnForward {
   }
 };
 
-// One thread's part of the whole layer, given packed weights.
-template <class Real, class CellStep>
+// One thread's part of the whole layer; Right is how the weights are laid out.
+template <class Real, class CellStep, class Right>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer, CellStep cell,
-                  const Real* packed_ih, const Real* packed_hh, Index chunk, Real* buffer) {
-  const auto [kind, T, B, I, H, reverse, threads] = layer.shape;
-  const Columns<Real> columns{H, CellStep::gates};
+                  const Right& w_ih, const Right& w_hh, Index chunk, Real* buffer) {
+  constexpr Index width = Vec<Real>::width;
+  const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
+  const Columns<Real>& columns = w_hh.columns;
   const Part part = part_of(team, plan, B, columns.unit_vectors());
   const Index rows = part.rows.size();
-  const auto step = [&, T = T, reverse = reverse](Index p) {
-    return reverse ? Step{p, T - 1 - p, T - p} : Step{p, p, p - 1};
+  const Index blocks = ceil_div(rows, row_block);
+  const auto step = [&](Index p) {
+    return layer.shape.reverse ? Step{p, T - 1 - p, T - p} : Step{p, p, p - 1};
   };
   for (Index begin = 0; begin < T; begin += chunk) {
     const Index end = std::min(begin + chunk, T);
     cell.chunk_begin = begin;
-    const auto row_of = [&](Index m) {
-      return std::pair(step(begin + m / rows), part.rows.begin + m % rows);
+    const auto input = [&](Index m) {
+      return layer.x + (step(begin + m / rows).t * B + part.rows.begin + m % rows) * I;
     };
-    multiply_rows(
-        rows * (end - begin), I,
-        [&, B = B, I = I](Index m) {
-          const auto [at, b] = row_of(m);
-          return layer.x + (at.t * B + b) * I;
-        },
-        packed_ih, columns, part.unit_vectors,
-        [&](Index m) {
-          const auto [at, b] = row_of(m);
-          return cell.preactivations(at, b);
-        });
+    const auto preactivations = [&](Index m) {
+      return cell.preactivations(step(begin + m / rows), part.rows.begin + m % rows);
+    };
+    multiply_rows<Real>(rows * (end - begin), input, w_ih, part.unit_vectors, preactivations);
+
     for (Index p = begin; p < end; ++p) {
       const Step at = step(p);
       const Real* previous = p == 0 ? layer.h0 : layer.y + at.t_prev * B * H;
-      const Index blocks = ceil_div(rows, row_block);
       for (Index block = 0; block < blocks; ++block) {
-        const Range block_rows = share(rows, block, blocks);
-        const Index first = part.rows.begin + block_rows.begin;
+        const Range own = share(rows, block, blocks);
+        const Index first = part.rows.begin + own.begin;
         const Real* a[row_block];
         Real* sums[row_block];
-        for (Index r = 0; r < block_rows.size(); ++r) {
+        for (Index r = 0; r < own.size(); ++r) {
           a[r] = previous + (first + r) * H;
           sums[r] = buffer + r * panel_width<Real>;
         }
-        for_each_piece(columns, part.unit_vectors, [&, H = H](Piece piece) {
-          constexpr Index width = Vec<Real>::width;
-          multiply<Real>(block_rows.size(), piece.vectors, H, a,
-                         packed_hh + piece.panel * H * panel_width<Real> + piece.first * width,
-                         {sums, width, false});
-          for (Index r = 0; r < block_rows.size(); ++r) {
+        for_each_piece(columns, part.unit_vectors, [&](Piece piece) {
+          w_hh.multiply(own.size(), piece, a, {sums, width, false});
+          for (Index r = 0; r < own.size(); ++r) {
             for (Index v = 0; v < piece.vectors; v += CellStep::gates) {
               const Index unit = columns.unit_vector(piece.panel, piece.first + v) * width;
               cell(at, first + r, unit, std::min(width, H - unit), sums[r] + v * width);
@@ -169,12 +162,13 @@ template <class Real, class MakeCell>
 void run_forward(const LayerForward<Real>& layer, Index gates, MakeCell&& make_cell) {
   const LayerShape& shape = layer.shape;
   const Columns<Real> columns{shape.H, gates};
+  const bool pack = shape.T * shape.B >= packing_pays;
   const Plan plan = plan_recurrence({shape.T, shape.B, shape.H, gates, shape.H, shape.I},
                                     engine<Real>(), shape.threads);
   const Index rows = plan.split == Split::rows ? ceil_div(shape.B, plan.threads) : shape.B;
   const Index chunk = std::clamp<Index>(row_block / rows, 1, shape.T);
-  const Index ih_count = columns.panels() * shape.I * panel_width<Real>;
-  const Index hh_count = columns.panels() * shape.H * panel_width<Real>;
+  const Index ih_count = pack ? columns.panels() * shape.I * panel_width<Real> : 0;
+  const Index hh_count = pack ? columns.panels() * shape.H * panel_width<Real> : 0;
   const Index buffer_count = row_block * panel_width<Real>;
   const Index chunk_count = gates == 4 && !layer.gates ? chunk * shape.B * columns.count() : 0;
 
@@ -190,12 +184,20 @@ void run_forward(const LayerForward<Real>& layer, Index gates, MakeCell&& make_c
   add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
 
   auto body = [&](Team& team) {
+    const auto part = [&](const auto& w_ih, const auto& w_hh) {
+      forward_part(team, plan, layer, make_cell(bias, chunk_gates), w_ih, w_hh, chunk,
+                   buffers + team.rank * buffer_count);
+    };
+    if (!pack) {
+      using Right = UnpackedColumns<Real>;
+      return part(Right{columns, shape.I, layer.w_ih}, Right{columns, shape.H, layer.w_hh});
+    }
     const Range panels = team.share(columns.panels());
     pack_columns(columns, panels, shape.I, layer.w_ih, packed_ih);
     pack_columns(columns, panels, shape.H, layer.w_hh, packed_hh);
     team.barrier();
-    forward_part(team, plan, layer, make_cell(bias, chunk_gates), packed_ih, packed_hh, chunk,
-                 buffers + team.rank * buffer_count);
+    using Right = Packed<Real>;
+    part(Right{columns, shape.I, packed_ih}, Right{columns, shape.H, packed_hh});
   };
   run_team(plan.threads, body);
   workspace.release();

@@ -8,23 +8,23 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// One block of rows by one piece of a panel, into rows that hold the original columns side by side.
-// c[r] is the start of row r.
-template <class Real>
-void multiply_piece(Index rows, Index k, const Real* const* a, const Real* packed,
-                    const Columns<Real>& columns, Piece piece, Real* const* c, bool accumulate) {
+// One block of rows by one piece of the right-hand side, into rows that hold the original columns side
+// by side. c[r] is the start of row r.
+template <class Real, class Right>
+void multiply_piece(Index rows, const Real* const* a, const Right& right, Piece piece,
+                    Real* const* c, bool accumulate) {
   constexpr Index width = Vec<Real>::width;
-  const Real* panel = packed + piece.panel * k * panel_width<Real> + piece.first * width;
+  const Columns<Real>& columns = right.columns;
   Real* target[row_block];
   if (columns.lanes(piece.panel, piece.first + piece.vectors - 1) == width) {
     for (Index r = 0; r < rows; ++r) target[r] = c[r] + columns.column(piece.panel, piece.first);
-    multiply<Real>(rows, piece.vectors, k, a, panel, {target, columns.vector_stride(), accumulate});
+    right.multiply(rows, piece, a, {target, columns.vector_stride(), accumulate});
     return;
   }
   // The last vector is not full: whole vectors would spill into the next row.
   alignas(64) Real buffer[row_block * panel_width<Real>];
   for (Index r = 0; r < rows; ++r) target[r] = buffer + r * panel_width<Real>;
-  multiply<Real>(rows, piece.vectors, k, a, panel, {target, width, false});
+  right.multiply(rows, piece, a, {target, width, false});
   for (Index r = 0; r < rows; ++r) {
     for (Index v = 0; v < piece.vectors; ++v) {
       Real* to = c[r] + columns.column(piece.panel, piece.first + v);
@@ -35,10 +35,9 @@ void multiply_piece(Index rows, Index k, const Real* const* a, const Real* packe
   }
 }
 
-// c(m)[columns] = a(m)[0..k) . packed, for rows m in [0, count) and unit vectors `part`.
-template <class Real, class RowIn, class RowOut>
-void multiply_rows(Index count, Index k, RowIn&& a, const Real* packed, const Columns<Real>& columns,
-                   Range part, RowOut&& c) {
+// c(m)[columns] = a(m) . right, for rows m in [0, count) and unit vectors `part`.
+template <class Real, class Right, class RowIn, class RowOut>
+void multiply_rows(Index count, RowIn&& a, const Right& right, Range part, RowOut&& c) {
   const Index blocks = ceil_div(count, row_block);
   for (Index block = 0; block < blocks; ++block) {
     const Range rows = share(count, block, blocks);
@@ -48,8 +47,8 @@ void multiply_rows(Index count, Index k, RowIn&& a, const Real* packed, const Co
       in[m - rows.begin] = a(m);
       out[m - rows.begin] = c(m);
     }
-    for_each_piece(columns, part, [&](Piece piece) {
-      multiply_piece(rows.size(), k, in, packed, columns, piece, out, false);
+    for_each_piece(right.columns, part, [&](Piece piece) {
+      multiply_piece<Real>(rows.size(), in, right, piece, out, false);
     });
   }
 }
@@ -90,9 +89,9 @@ void weight_gradient(Range part, Index n_count, Index k_count, DaOf&& da_of, InO
         }
         transpose<Real>(terms, rows, [&](Index k) { return da_of(from + k) + m; }, left,
                         Blocks::terms);
+        const Packed<Real> block{columns, terms, right - panels.begin * terms * panel_width<Real>};
         for_each_piece(columns, vectors, [&](Piece piece) {
-          multiply_piece(rows, terms, a, right - panels.begin * terms * panel_width<Real>, columns,
-                         piece, c, accumulate);
+          multiply_piece<Real>(rows, a, block, piece, c, accumulate);
         });
         if (db && panel == 0) {
           for (Index r = 0; r < rows; ++r) {

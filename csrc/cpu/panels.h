@@ -148,4 +148,19 @@ void pack_rows(const Columns<Real>& columns, Range which, Index k_count, RowOf&&
   }
 }
 
+// The right-hand side of a product, as panels: c = a . right, summed over `k_count` terms.
+template <class Real>
+struct Packed {
+  Columns<Real> columns;
+  Index k_count;
+  const Real* panels;
+
+  // The product of `rows` rows with one piece.
+  void multiply(Index rows, Piece piece, const Real* const* a, TileTarget<Real> c) const {
+    const Real* first = panels + piece.panel * k_count * panel_width<Real> +
+                        piece.first * Vec<Real>::width;
+    cpu::RNNFAST_ISA::multiply<Real>(rows, piece.vectors, k_count, a, {first, panel_width<Real>}, c);
+  }
+};
+
 }  // namespace rnnfast::cpu::RNNFAST_ISA

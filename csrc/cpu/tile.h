@@ -23,11 +23,18 @@ struct TileTarget {
   bool accumulate;
 };
 
+// Vectors side by side for k = 0, 1, ..., `stride` elements from one k to the next.
 template <class Real>
-using TileKernel = void (*)(Index k, const Real* const* a, const Real* panel, TileTarget<Real> c);
+struct Panel {
+  const Real* first;
+  Index stride;
+};
+
+template <class Real>
+using TileKernel = void (*)(Index k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c);
 
 template <class Real, int rows, int vectors>
-void tile(Index k, const Real* const* a, const Real* panel, TileTarget<Real> c) {
+void tile(Index k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c) {
   using V = Vec<Real>;
   V sum[rows][vectors];
   const Real* row[rows];
@@ -41,10 +48,11 @@ void tile(Index k, const Real* const* a, const Real* panel, TileTarget<Real> c) 
       if (c.accumulate) __builtin_prefetch(c.row[r] + v * c.vector_stride, 1);
     }
   }
-  for (Index i = 0; i < k; ++i, panel += tile_vectors * V::width) {
+  const Real* from = panel.first;
+  for (Index i = 0; i < k; ++i, from += panel.stride) {
     V b[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) b[v] = V::load(panel + v * V::width);
+    for (int v = 0; v < vectors; ++v) b[v] = V::load(from + v * V::width);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V broadcast(row[r][i]);
@@ -85,7 +93,7 @@ constexpr Index row_block = 128;
 
 // C[0..rows)[0..vectors) (+)= a[0..rows)[0..k) . panel, for rows <= row_block and any k.
 template <class Real>
-void multiply(Index rows, Index vectors, Index k, const Real* const* a, const Real* panel,
+void multiply(Index rows, Index vectors, Index k, const Real* const* a, Panel<Real> panel,
               TileTarget<Real> c) {
   const Index groups = (rows + tile_rows - 1) / tile_rows;
   const Real* piece[row_block];
@@ -96,7 +104,7 @@ void multiply(Index rows, Index vectors, Index k, const Real* const* a, const Re
     for (Index group = 0; group < groups; ++group) {
       const Index first = group * rows / groups, last = (group + 1) * rows / groups;
       tiles<Real>[last - first - 1][vectors - 1](
-          terms, piece + first, panel + from * tile_vectors * Vec<Real>::width,
+          terms, piece + first, {panel.first + from * panel.stride, panel.stride},
           {c.row + first, c.vector_stride, c.accumulate || from > 0});
     }
     from += terms;

@@ -1,0 +1,95 @@
+// Right-hand sides that are used too few times to be worth packing: single steps, and cells.
+//
+// Bound by reading the weights once. They offer what `Packed` offers.
+#pragma once
+
+#include "panels.h"
+
+namespace rnnfast::cpu::RNNFAST_ISA {
+
+// Fewer uses of a weight than this do not pay for packing it, which reads and writes it.
+constexpr Index packing_pays = 5;
+
+// A matrix stored one row per column, as weights are going forward. Vectors run along k, so each column
+// is a sum of its lanes in the end: `width` columns together, by one transposition.
+template <class Real>
+struct UnpackedColumns {
+  Columns<Real> columns;
+  Index k_count;
+  const Real* weights;  // (columns, k)
+
+  void multiply(Index rows, Piece piece, const Real* const* a, TileTarget<Real> c) const {
+    for (Index r = 0; r < rows; ++r) {
+      for (Index v = 0; v < piece.vectors; ++v) {
+        const Vec<Real> sum = dot(a[r], piece.panel, piece.first + v);
+        Real* to = c.row[r] + v * c.vector_stride;
+        (c.accumulate ? Vec<Real>::load(to) + sum : sum).store(to);
+      }
+    }
+  }
+
+ private:
+  // a . each column of vector v; lanes behind the last column repeat it.
+  Vec<Real> dot(const Real* a, Index panel, Index v) const {
+    using V = Vec<Real>;
+    const Index lanes = columns.lanes(panel, v);
+    const Real* first = weights + columns.column(panel, v) * k_count;
+    const Real* row[V::width];
+    V sum[V::width];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < V::width; ++lane) {
+      row[lane] = first + std::min<Index>(lane, lanes - 1) * k_count;
+      sum[lane] = V(Real(0));
+    }
+    Index k = 0;
+    for (; k + V::width <= k_count; k += V::width) {
+      const V factor = V::load(a + k);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < V::width; ++lane)
+        sum[lane] = fma(factor, V::load(row[lane] + k), sum[lane]);
+    }
+    if (k < k_count) {
+      const V factor = V::load(a + k, k_count - k);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < V::width; ++lane)
+        sum[lane] = fma(factor, V::load(row[lane] + k, k_count - k), sum[lane]);
+    }
+    transpose_square<Real>(sum);
+    V total = sum[0];
+#pragma GCC unroll 16
+    for (int lane = 1; lane < V::width; ++lane) total = total + sum[lane];
+    return total;
+  }
+};
+
+// A matrix stored one row per k, as weights are going back: whole panels are read where they lie. Only the
+// last one, if it is not full, is a copy, so that no load runs past the end.
+template <class Real>
+struct UnpackedRows {
+  Columns<Real> columns;
+  Index k_count;
+  const Real* weights;     // (k, columns)
+  const Real* last_panel;  // packed
+
+  // Fills last_panel, if there is one that is not full.
+  void pack_last(Real* to) const {
+    const Index last = columns.panels() - 1;
+    if (last < 0 || is_whole(last)) return;
+    pack_rows(
+        columns, {last, last + 1}, k_count, [&](Index k) { return weights + k * columns.units; }, to);
+  }
+
+  bool is_whole(Index panel) const { return (panel + 1) * panel_width<Real> <= columns.units; }
+
+  void multiply(Index rows, Piece piece, const Real* const* a, TileTarget<Real> c) const {
+    const Panel<Real> panel =
+        is_whole(piece.panel)
+            ? Panel<Real>{weights + piece.panel * panel_width<Real>, columns.units}
+            : Panel<Real>{last_panel, panel_width<Real>};
+    cpu::RNNFAST_ISA::multiply<Real>(
+        rows, piece.vectors, k_count, a,
+        {panel.first + piece.first * Vec<Real>::width, panel.stride}, c);
+  }
+};
+
+}  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -1,0 +1,375 @@
+"""lstm(), rnn() and their one-step cells: checked arguments, layers and directions over ops.
+
+What torch.nn.LSTM and torch.nn.RNN compute, as functions of input, state and weights, with
+truncation as one keyword more. The gate maths and its derivatives live below, in the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import bptt, checks, ops, packed, projected, stack
+from .bptt import Truncation
+from .checks import LayerWeights
+from .stack import Layer, State
+
+
+def lstm(
+    x: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    proj_size: int = 0,
+    truncate: Truncation = None,
+    return_cells: bool = False,
+) -> tuple:
+    """A stack of LSTM layers (Hochreiter & Schmidhuber 1997) over whole sequences.
+
+    Args:
+        x: (T, B, I), (B, T, I) if batch_first, unbatched (T, I), or a PackedSequence.
+        hx: (h_0, c_0) of shapes (L * D, B, P or H) and (L * D, B, H), without B if unbatched; None
+            for zeros.
+        weights: per layer and direction weight_ih (4H, I), weight_hh (4H, P or H), with `bias`
+            bias_ih and bias_hh (4H,), with proj_size weight_hr (P, H). Gate order i, f, g, o.
+        dropout: probability to zero an output on its way to the next layer, if `training`.
+        truncate: k or (k1, k2) to truncate the backward pass (Williams & Peng 1990): losses are
+            taken in blocks of k1 steps counted from time 0 and their gradient goes back over the
+            block and the k2 - k1 steps before it. k is (k, k): as if the state were detached every
+            k steps. The forward pass is the same. None is full BPTT (Werbos 1990).
+        return_cells: also return the cell state of every step.
+
+    Returns:
+        (y, (h_n, c_n)), with return_cells (y, (h_n, c_n), cells). y has the shape of x with
+        D * (P or H) features; cells, of the last layer, has D * H features.
+
+    float32 and float64 are computed as such; float16 and bfloat16 in float32, rounded at the end.
+    Under torch.autocast input and state are cast to the weights' dtype, which is the result's.
+
+    Raises ValueError, RuntimeError or TypeError where torch.nn.LSTM does: for shapes, dtypes and
+    devices that don't fit, empty sequences, and devices without kernels. ValueError also for
+    truncate = (k1, k2) with k2 > k1 in a stack that is bidirectional, where no window is defined.
+    """
+    directions = 2 if bidirectional else 1
+    groups = checks.group_weights("LSTM", weights, 4, num_layers, directions, bias, proj_size)
+    y, state, cells = _run(
+        "LSTM",
+        _projected_layer if proj_size else _lstm_layer,
+        x,
+        hx if hx is None else checks.check_pair("LSTM", hx),
+        groups,
+        (groups[0][1].shape[1], groups[0][0].shape[0] // 4),
+        directions,
+        batch_first,
+        dropout if training else 0.0,
+        truncate,
+        return_cells,
+    )
+    return (y, state, cells) if return_cells else (y, state)
+
+
+def rnn(
+    x: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    truncate: Truncation = None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """A stack of simple RNN layers (Elman 1990) over whole sequences.
+
+    hx: h_0 (L * D, B, H), (L * D, H) if unbatched; None for zeros. weights: per layer and direction
+    weight_ih (H, I), weight_hh (H, H) and, with `bias`, bias_ih and bias_hh (H,). nonlinearity:
+    "tanh" or "relu", anything else is a ValueError. Returns (y, h_n). All else as for `lstm`.
+    """
+    directions = 2 if bidirectional else 1
+    groups = checks.group_weights("RNN", weights, 1, num_layers, directions, bias)
+    y, state, _ = _run(
+        "RNN",
+        _rnn_layer(nonlinearity, ValueError),
+        x,
+        hx if hx is None else (hx,),
+        groups,
+        (groups[0][1].shape[1],),
+        directions,
+        batch_first,
+        dropout if training else 0.0,
+        truncate,
+        False,
+    )
+    return y, state[0]
+
+
+def lstm_cell(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM layer: x (B, I) or (I,), hx (h, c) of (B, H) or (H,); gives (h, c).
+
+    Weights, dtypes, devices and errors as for `lstm`; both biases or none.
+    """
+    hx = hx if hx is None else checks.check_pair("LSTMCell", hx)
+    return _step("LSTMCell", _lstm_layer, 4, x, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def rnn_cell(
+    x: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step of a simple RNN layer: x (B, I) or (I,), hx (B, H) or (H,); gives h of hx's shape.
+
+    Weights, dtypes, devices and errors as for `rnn`, but an unknown nonlinearity is a RuntimeError,
+    as in torch.nn.RNNCell; both biases or none.
+    """
+    layer = _rnn_layer(nonlinearity, RuntimeError)
+    hx = hx if hx is None else (hx,)
+    return _step("RNNCell", layer, 1, x, hx, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def _lstm_layer(
+    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+) -> tuple[Tensor, State, Tensor]:
+    y, h, c, cells, _ = ops.lstm_layer(x, *state, *w, reverse, k1, k2, save)
+    return y, (h, c), cells
+
+
+def _projected_layer(
+    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+) -> tuple[Tensor, State, Tensor]:
+    y, h, c, cells = projected.lstm_layer(x, *state, *w, reverse, k1, k2)
+    return y, (h, c), cells
+
+
+def _tanh_layer(
+    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+) -> tuple[Tensor, State, None]:
+    y, h = ops.rnn_layer(x, *state, *w, "tanh", reverse, k1, k2)
+    return y, (h,), None
+
+
+def _relu_layer(
+    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+) -> tuple[Tensor, State, None]:
+    y, h = ops.rnn_layer(x, *state, *w, "relu", reverse, k1, k2)
+    return y, (h,), None
+
+
+def _rnn_layer(nonlinearity: str, error: type[Exception]) -> Layer:
+    if nonlinearity == "tanh":
+        return _tanh_layer
+    if nonlinearity == "relu":
+        return _relu_layer
+    raise error(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+
+
+def _run(
+    kind: str,
+    layer: Layer,
+    x: Tensor | PackedSequence,
+    hx: Sequence[Tensor] | None,
+    groups: list[LayerWeights],
+    sizes: tuple[int, ...],
+    directions: int,
+    batch_first: bool,
+    dropout: float,
+    truncate: Truncation,
+    return_cells: bool,
+) -> tuple[Tensor | PackedSequence, State, Tensor | PackedSequence | None]:
+    """Check input and states, bring them to (T, B, I) and (B, size), run, and bring all back.
+
+    sizes: the features of each tensor of a state.
+    """
+    weight = groups[0][0]
+    sequence = x if isinstance(x, PackedSequence) else None
+    batched = True
+    if sequence is not None:
+        x = checks.check_input(kind, sequence.data, weight, (2,))
+        batch_sizes = sequence.batch_sizes.tolist()
+        T, B = len(batch_sizes), max(batch_sizes, default=0)
+    else:
+        x = checks.check_input(kind, x, weight, (2, 3))
+        if x.dim() == 2:
+            batched = False
+            x = x.unsqueeze(1)
+        elif batch_first:
+            x = x.transpose(0, 1)
+        T, B = x.shape[:2]
+    if T == 0:
+        raise RuntimeError(f"{kind}: input has 0 time steps, expected at least 1")
+
+    states = _initial_states(kind, x, hx, sequence, len(groups), B, batched, sizes, weight)
+    grad = _needs_grad(x, () if hx is None else hx, groups)
+    k1, k2 = _truncation(kind, truncate, T, directions, len(groups), grad)
+
+    dtype = x.dtype
+    if dtype in checks.HALF_DTYPES:
+        x = x.float()
+        states, groups = [_float(s) for s in states], [_float(group) for group in groups]
+
+    args = (groups, directions, dropout, k1, k2, grad or return_cells)
+    if sequence is None:
+        y, finals, cells = _run_layers(layer, x, states, *args)
+    elif k1 == k2:
+        y, finals, cells = _run_layers(packed.over_segments(layer, batch_sizes), x, states, *args)
+    else:
+        y, finals, cells = packed.by_length(
+            lambda x, states: _run_layers(layer, x, states, *args),
+            x,
+            sequence.batch_sizes,
+            states,
+        )
+
+    if len(finals) == 1:
+        state = tuple(s.unsqueeze(0) for s in finals[0])
+    else:
+        state = tuple(torch.stack(s) for s in zip(*finals, strict=True))
+    if dtype in checks.HALF_DTYPES:
+        y, state = y.to(dtype), tuple(s.to(dtype) for s in state)
+    cells = torch.cat(cells, -1).to(dtype) if return_cells else None
+
+    def shaped_like_input(steps: Tensor) -> Tensor | PackedSequence:
+        if sequence is not None:
+            return PackedSequence(
+                steps, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices
+            )
+        if not batched:
+            return steps.squeeze(1)
+        return steps.transpose(0, 1) if batch_first else steps
+
+    if not batched:
+        state = tuple(s.squeeze(1) for s in state)
+    elif sequence is not None and sequence.unsorted_indices is not None:
+        state = tuple(s.index_select(1, sequence.unsorted_indices) for s in state)
+    return shaped_like_input(y), state, cells if cells is None else shaped_like_input(cells)
+
+
+def _initial_states(
+    kind: str,
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    sequence: PackedSequence | None,
+    rows: int,
+    B: int,
+    batched: bool,
+    sizes: tuple[int, ...],
+    weight: Tensor,
+) -> list[State]:
+    """The state of each of the `rows` layers and directions, in the order of the packed rows."""
+    if hx is None:
+        zeros = x.new_zeros(B, sizes[0])
+        state = (zeros if size == sizes[0] else x.new_zeros(B, size) for size in sizes)
+        return [tuple(state)] * rows
+    lead = (rows, B) if batched else (rows,)
+    hx = checks.check_states(kind, hx, [(*lead, size) for size in sizes], weight)
+    if not batched:
+        hx = [s.unsqueeze(1) for s in hx]
+    elif sequence is not None and sequence.sorted_indices is not None:
+        hx = [s.index_select(1, sequence.sorted_indices) for s in hx]
+    return list(zip(*(s.unbind(0) for s in hx), strict=True))
+
+
+def _truncation(
+    kind: str, truncate: Truncation, T: int, directions: int, rows: int, grad: bool
+) -> tuple[int, int]:
+    """(k1, k2) of what is to be cut in T steps; (0, 0) if nothing is."""
+    if truncate is None:
+        return 0, 0
+    k1, k2 = bptt.parse_truncate(truncate)
+    if k2 > k1 and directions == 2 and rows > 2:
+        raise ValueError(
+            f"{kind}: truncate with k2 > k1 has no meaning for a bidirectional stack "
+            f"of {rows // 2} layers, got k1={k1}, k2={k2}"
+        )
+    return bptt.parse_truncate(truncate, T) if grad else (0, 0)
+
+
+def _run_layers(
+    layer: Layer,
+    x: Tensor,
+    states: list[State],
+    groups: list[LayerWeights],
+    directions: int,
+    dropout: float,
+    k1: int,
+    k2: int,
+    save: bool,
+) -> tuple[Tensor, list[State], list[Tensor | None]]:
+    """The whole stack on (T, B, I) or packed data; gives what stack.run gives."""
+    if k2 > k1 and len(groups) > directions:
+        k1, k2 = bptt.parse_truncate((k1, k2), len(x))  # by length, some may be too short to cut
+        if k1:
+            return stack.run_windows(layer, x, states, groups, dropout, k1, k2)
+    between = (lambda _, y: F.dropout(y, dropout, True)) if dropout else None
+    return stack.run(layer, x, states, groups, directions, between, k1, k2, save)
+
+
+def _step(
+    kind: str,
+    layer: Layer,
+    gates: int,
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> State:
+    """One step of one cell on (B, I) or (I,), as a sequence of length 1; gives the new state."""
+    bias = b_ih is not None or b_hh is not None
+    weights = (w_ih, w_hh, b_ih, b_hh) if bias else (w_ih, w_hh)
+    group = checks.group_weights(kind, weights, gates, 1, 1, bias)[0]
+    x = checks.check_input(kind, x, w_ih, (1, 2))
+    hidden = w_hh.shape[1]
+    states = 1 if gates == 1 else 2
+    lead = x.shape[:-1]
+    if hx is None:
+        state = (x.new_zeros(*lead, hidden),) * states
+    else:
+        state = checks.check_states(kind, hx, [(*lead, hidden)] * states, w_ih, (1, 2))
+    save = _needs_grad(x, state, [group])
+    dtype = x.dtype
+    if dtype in checks.HALF_DTYPES:
+        x, state, group = x.float(), _float(state), _float(group)
+    if not lead:
+        x, state = x.unsqueeze(0), [s.unsqueeze(0) for s in state]
+    final = layer(x.unsqueeze(0), state, group, False, 0, 0, save)[1]
+    if not lead:
+        final = tuple(s.squeeze(0) for s in final)
+    return tuple(s.to(dtype) for s in final) if dtype in checks.HALF_DTYPES else final
+
+
+def _needs_grad(x: Tensor, states: Sequence[Tensor], groups: list[LayerWeights]) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(w is not None and w.requires_grad for group in groups for w in group)
+        or any(s.requires_grad for s in states)
+    )
+
+
+def _float(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(t if t is None else t.float() for t in tensors)

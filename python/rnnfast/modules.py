@@ -1,0 +1,137 @@
+"""RNN, LSTM, RNNCell and LSTMCell: torch.nn's modules, computed by rnnfast.
+
+They subclass torch's, so that constructor, parameter names and order, initialisation, state_dict,
+pickling and isinstance checks are torch's own; only `forward` differs. Weights are fetched by name
+at every call: whatever stands under the name (a parameter, a parametrization, what functional_call
+put there) is what computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .bptt import Truncation, parse_truncate
+
+
+class _Sequence(torch.nn.RNNBase):
+    """What RNN and LSTM share beside torch's own base: the keyword `truncate`."""
+
+    truncate: Truncation = None  # also for modules that convert() or an older pickle made
+
+    def __init__(self, *args: Any, truncate: Truncation = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.truncate = check_truncate(self, truncate)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: rnnfast has no use for weights in one piece of memory."""
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.truncate is None else f"{text}, truncate={self.truncate}"
+
+    def weights(self) -> list[Tensor]:
+        """The weights in the order of torch's all_weights, flat."""
+        # Straight from the dictionary where possible: a missed attribute costs most of a call.
+        parameters = self._parameters
+        return [
+            parameters[name] if name in parameters else getattr(self, name)
+            for name in self._flat_weights_names
+        ]
+
+
+def check_truncate(module: torch.nn.RNNBase, truncate: Truncation) -> Truncation:
+    """`truncate` as it is kept (a list becomes a tuple), known to be possible for this module."""
+    k1, k2 = parse_truncate(truncate)
+    if k2 > k1 and module.bidirectional and module.num_layers > 1:
+        raise ValueError(
+            f"truncate with k2 > k1 has no meaning for a bidirectional stack "
+            f"of {module.num_layers} layers, got k1={k1}, k2={k2}"
+        )
+    return tuple(truncate) if isinstance(truncate, list) else truncate
+
+
+class LSTM(_Sequence, torch.nn.LSTM):
+    """torch.nn.LSTM with fused kernels and truncated backpropagation through time.
+
+    Takes torch.nn.LSTM's arguments and one more keyword, truncate: k or (k1, k2), see
+    `rnnfast.functional.lstm`, which also lists shapes, dtypes and errors. Same seed, same weights.
+    PackedSequence and proj_size > 0 are computed right but slower. Hochreiter & Schmidhuber 1997.
+    """
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """(y, (h_n, c_n)) as torch.nn.LSTM gives them."""
+        return functional.lstm(
+            input,
+            hx,
+            self.weights(),
+            num_layers=self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            proj_size=self.proj_size,
+            truncate=self.truncate,
+        )
+
+
+class RNN(_Sequence, torch.nn.RNN):
+    """torch.nn.RNN with fused kernels and truncated backpropagation through time.
+
+    Takes torch.nn.RNN's arguments and one more keyword, truncate: k or (k1, k2), see
+    `rnnfast.functional.lstm`, which also lists shapes, dtypes and errors. Same seed, same weights.
+    PackedSequence is computed right but slower. Elman 1990.
+    """
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """(y, h_n) as torch.nn.RNN gives them."""
+        return functional.rnn(
+            input,
+            hx,
+            self.weights(),
+            nonlinearity=self.nonlinearity,
+            num_layers=self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            truncate=self.truncate,
+        )
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """torch.nn.LSTMCell with fused kernels: one step, (h, c) from input and (h, c)."""
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(h, c) of shapes (B, H), or (H,) for unbatched input (I,)."""
+        return functional.lstm_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
+
+
+class RNNCell(torch.nn.RNNCell):
+    """torch.nn.RNNCell with fused kernels: one step, h from input and h."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """h of shape (B, H), or (H,) for unbatched input (I,)."""
+        return functional.rnn_cell(
+            input,
+            hx,
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            self.nonlinearity,
+        )

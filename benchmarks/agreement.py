@@ -1,0 +1,61 @@
+"""The check that comes before every timing: a kernel that is wrong must not be fast.
+
+The yardstick is torch in float64. Two correct programs in the same precision differ from it by
+rounding only, and rounding errors of independent origin add up like a random walk: a sum of n terms
+carries a relative error near u*sqrt(n) (u: unit roundoff; Higham & Mary 2019). How far the
+recurrence amplifies that depends on the weights, and torch's own error measures it. So the error
+allowed is a small multiple of the larger of the two. Errors are compared in the 2-norm over a whole
+tensor: a single wrong entry among a million of equal size is 1e-3, far above what rounding leaves
+in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+# Errors of two programs that sum in different orders are two draws of one distribution; over the
+# thousands of entries of a tensor their norms differ by far less than this factor.
+SAFETY = 4.0
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class DisagreementError(Exception):
+    """rnnfast computed something else than torch."""
+
+
+def check_agreement(
+    what: str, rnnfast: Tensors, torch_nn: Tensors, exact: Tensors, terms: int
+) -> None:
+    """Compares every named tensor of rnnfast with float64.
+
+    Args:
+        what: the thing compared, for the error message.
+        rnnfast: results of rnnfast by name.
+        torch_nn: results of torch in the same precision.
+        exact: results of torch in float64.
+        terms: the longest sum that any result goes through.
+
+    Raises:
+        DisagreementError: an error is larger than rounding explains, or is NaN.
+    """
+    for name, value in exact.items():
+        unit_roundoff = torch.finfo(rnnfast[name].dtype).eps / 2
+        allowed = SAFETY * max(
+            relative_error(torch_nn[name], value), unit_roundoff * math.sqrt(terms)
+        )
+        error = relative_error(rnnfast[name], value)
+        if not error <= allowed:
+            raise DisagreementError(
+                f"{what}: {name} of rnnfast is off by {error:.2g} relative to float64, "
+                f"rounding explains at most {allowed:.2g}"
+            )
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the exact result (over 1 where that is zero)."""
+    norm = torch.linalg.vector_norm(exact).item()
+    return torch.linalg.vector_norm(value.double() - exact).item() / (norm or 1.0)

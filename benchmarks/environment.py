@@ -1,0 +1,75 @@
+"""What a run ran on: names of machine and software, and the machine's measured ceilings.
+
+Stored in every result file, so that it explains itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import rnnfast
+import torch
+from rnnfast import _native
+
+from .peaks import ITEMSIZE, Peaks
+from .shapes import Shape
+
+CPUINFO = Path("/proc/cpuinfo")
+
+# Another program on the machine can only lower a reading, so the best of several is the peak.
+READINGS = 3
+
+
+def describe_environment() -> dict[str, Any]:
+    """Processor, cores this process may use, versions, build of rnnfast, date in UTC."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rnnfast": rnnfast.build_info(),
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("OMP_", "MKL_", "KMP_", "GOMP_", "RNNFAST_"))
+        },
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Logical cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def measure_peaks(shapes: Iterable[Shape], threads: int, dtype: str) -> Peaks:
+    """Measures the FMA peak and the read bandwidth for the size of W_hh of every shape."""
+    torch_dtype = getattr(torch, dtype)
+    sizes = sorted({shape.weight_bytes(ITEMSIZE[dtype]) for shape in shapes})
+    return Peaks(
+        threads=threads,
+        dtype=dtype,
+        flops=max(_native.fma_peak(threads, torch_dtype) for _ in range(READINGS)),
+        bandwidth={
+            size: max(_native.read_bandwidth(size // threads, threads) for _ in range(READINGS))
+            for size in sizes
+        },
+    )

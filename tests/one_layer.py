@@ -1,0 +1,185 @@
+"""One layer in one direction, computed by the operators and by the textbook; results by name.
+
+Sizes here may be extreme (one unit that reads 130 inputs), where weights and inputs of unit size
+would saturate every gate and so hide mistakes behind derivatives of zero. Inputs are therefore
+scaled so that pre-activations stay of order one whatever the sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from rnnfast import ops, reference
+from tolerance import assert_close
+from torch import Tensor
+
+BIASES = {"both": ("b_ih", "b_hh"), "none": (), "input": ("b_ih",), "hidden": ("b_hh",)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, options and memory layout of one call; hashable, so that results can be kept."""
+
+    cell: str  # lstm, tanh or relu
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    reverse: bool = False
+    biases: str = "both"
+    truncate: tuple[int, int] | None = None
+    layout: str = "dense"
+    upstream: tuple[str, ...] = ("y", "h_n", "c_n", "c")  # the outputs that get a gradient
+
+    def __str__(self) -> str:
+        shown = [self.cell, f"{self.T}x{self.B}x{self.I}x{self.H}"]
+        shown += ["reverse"] * self.reverse + [f"k{self.truncate}"] * bool(self.truncate)
+        shown += [f"{self.biases} biases", self.layout, "+".join(self.upstream) or "nothing"]
+        return " ".join(shown).replace(", ", ",")
+
+    @property
+    def gates(self) -> int:
+        return 4 if self.cell == "lstm" else 1
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what the layer gives."""
+        steps, state = (self.T, self.B, self.H), (self.B, self.H)
+        shapes = {"y": steps, "h_n": state}
+        return shapes | {"c_n": state, "c": steps} if self.cell == "lstm" else shapes
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Names and values of what the layer reads, laid out as the case says."""
+        generator = torch.Generator().manual_seed(1)
+        GH, bound = self.gates * self.H, 1 / math.sqrt(self.H)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+        x = uniform(self.T, self.B, self.I) * math.sqrt(3 * self.H / max(self.I, 1))
+        values = {"x": x, "h0": uniform(self.B, self.H)}
+        if self.cell == "lstm":
+            values["c0"] = 2 * uniform(self.B, self.H)
+        values["w_ih"] = uniform(GH, self.I) * bound
+        values["w_hh"] = uniform(GH, self.H) * bound
+        for name in BIASES[self.biases]:
+            values[name] = uniform(GH)
+        return {name: laid_out(v.to(dtype), self.layout, name) for name, v in values.items()}
+
+    def cotangents(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Gradients of those outputs that get one."""
+        generator = torch.Generator().manual_seed(2)
+        values = {}
+        for name, shape in self.outputs.items():
+            value = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            values[name] = laid_out(value, self.layout, name)
+        return {name: value for name, value in values.items() if name in self.upstream}
+
+
+LAYOUTS = ("dense", "offset", "transposed", "strided", "expanded")
+
+
+def laid_out(value: Tensor, layout: str, name: str = "") -> Tensor:
+    """The same values in other memory; "expanded" repeats the first row of a state or a gradient.
+
+    What lies between and around the elements is NaN, so a kernel that reads it shows.
+    """
+    if layout == "offset":  # begins in the middle of an allocation, at an odd element
+        around = value.new_full([size + 3 for size in value.shape], math.nan)
+        around[tuple(slice(1, 1 + size) for size in value.shape)] = value
+        return around[tuple(slice(1, 1 + size) for size in value.shape)]
+    if layout == "transposed":
+        return (
+            value.permute(*range(value.dim())[::-1]).contiguous().permute(*range(value.dim())[::-1])
+        )
+    if layout == "strided":  # every second element along every dimension
+        around = value.new_full([2 * size for size in value.shape], math.nan)
+        around[(slice(None, None, 2),) * value.dim()] = value
+        return around[(slice(None, None, 2),) * value.dim()]
+    if layout == "expanded" and name in ("h0", "c0", "y", "h_n", "c_n", "c"):
+        return value[:1].expand(value.shape)  # what a learned initial state and y.sum() bring
+    return value
+
+
+def run_operator(case: Case, inputs: dict[str, Tensor], save: bool = True) -> dict[str, Tensor]:
+    """The outputs by name; LSTM gates left out."""
+    k1, k2 = case.truncate or (0, 0)
+    weights = [inputs["w_ih"], inputs["w_hh"], inputs.get("b_ih"), inputs.get("b_hh")]
+    if case.cell == "lstm":
+        states = [inputs["h0"], inputs["c0"]]
+        y, h_n, c_n, c, _ = ops.lstm_layer(
+            inputs["x"], *states, *weights, case.reverse, k1, k2, save
+        )
+        return {"y": y, "h_n": h_n, "c_n": c_n, "c": c}
+    y, h_n = ops.rnn_layer(inputs["x"], inputs["h0"], *weights, case.cell, case.reverse, k1, k2)
+    return {"y": y, "h_n": h_n}
+
+
+def by_operator(case: Case, dtype: torch.dtype, want: list[str] | None = None) -> dict[str, Tensor]:
+    """Every output, and the gradient "d..." of every input (or of those in `want`)."""
+    inputs = case.inputs(dtype)
+    want = list(inputs) if want is None else want
+    inputs = {name: v.detach().requires_grad_(name in want) for name, v in inputs.items()}
+    outputs = run_operator(case, inputs)
+    cotangents = case.cotangents(dtype)
+    gradients = torch.autograd.grad(
+        [outputs[name] for name in cotangents],
+        [inputs[name] for name in want],
+        list(cotangents.values()),
+    )
+    results = {name: output.detach() for name, output in outputs.items()}
+    return results | {f"d{name}": g for name, g in zip(want, gradients, strict=True)}
+
+
+@cache
+def by_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same in float64, from inputs rounded to `dtype`."""
+    inputs = {name: v.double().numpy() for name, v in case.inputs(dtype).items()}
+    upstream = {name: v.double().numpy() for name, v in case.cotangents(dtype).items()}
+    weights = [inputs["w_ih"], inputs["w_hh"]]
+    if BIASES[case.biases]:
+        zeros = torch.zeros(case.gates * case.H, dtype=torch.float64).numpy()
+        weights += [inputs.get("b_ih", zeros), inputs.get("b_hh", zeros)]
+    h0 = inputs["h0"][None]
+    dy, dc = upstream.get("y"), upstream.get("c")
+    final = [upstream[name][None] if name in upstream else None for name in ("h_n", "c_n")]
+    if case.cell == "lstm":
+        y, (h_n, c_n), c, saved = reference.lstm(
+            inputs["x"], (h0, inputs["c0"][None]), weights, reverse=case.reverse
+        )
+        outputs = {"y": y, "h_n": h_n[0], "c_n": c_n[0], "c": c}
+        dx, dstates, dweights = reference.lstm_backward(saved, dy, *final, dc, case.truncate)
+    else:
+        y, h_n, saved = reference.rnn(
+            inputs["x"], h0, weights, nonlinearity=case.cell, reverse=case.reverse
+        )
+        outputs = {"y": y, "h_n": h_n[0]}
+        dx, dh0, dweights = reference.rnn_backward(saved, dy, final[0], case.truncate)
+        dstates = (dh0,)
+    named = dict(zip(("dh0", "dc0"), (d[0] for d in dstates), strict=False)) | {"dx": dx}
+    named |= dict(zip(("dw_ih", "dw_hh", "db_ih", "db_hh"), dweights, strict=False))
+    gradients = {f"d{name}": named[f"d{name}"] for name in inputs}
+    return {name: torch.from_numpy(v) for name, v in (outputs | gradients).items()}
+
+
+def assert_results(case: Case, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """Outputs and gradients equal as far as their arithmetic allows."""
+    assert got.keys() == want.keys()
+    # Cotangents are of order one.
+    sizes = [v.abs().max().item() for name, v in want.items() if name[0] == "d" and v.numel()]
+    scale = max([1.0, *(size for size in sizes if math.isfinite(size))])
+    forward = case.I + case.H
+    backward = forward + case.gates * case.H + case.T * case.B
+    for name, value in want.items():
+        assert got[name].shape == value.shape, name
+        gradient = name in {f"d{key}" for key in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")}
+        K = backward if gradient else forward
+        assert_close(got[name], value, K=K, T=case.T, scale=scale * gradient, name=name)
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    """Operator against textbook, forward and backward."""
+    assert_results(case, by_operator(case, dtype), by_reference(case, dtype))

@@ -1,0 +1,392 @@
+"""The benchmarks must not lie: harness, arithmetic and reports, checked on made-up numbers.
+
+No test here measures how fast anything is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+
+from benchmarks import report, results, run, tables
+from benchmarks.agreement import DisagreementError, check_agreement
+from benchmarks.language_model import StepProblem
+from benchmarks.layers import LayerProblem
+from benchmarks.peaks import Peaks, floor
+from benchmarks.results import LayerResult, Run, StepResult
+from benchmarks.shapes import MODES, SUITES, Shape, StepSize
+from benchmarks.timing import Timing, count_calls, ratio, time_candidates
+
+WORD_LSTM = Shape("LSTM", 35, 20, 650, 650)
+
+
+class FakeTime:
+    """A clock that only calls and pauses move, and a diary of what happened."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.events.append("pause")
+
+    def candidate(self, name, durations):
+        """A call that takes the next of `durations`."""
+        durations = iter(durations)
+
+        def call():
+            self.now += next(durations)
+            self.events.append(name)
+
+        return call
+
+
+def time_fake(durations, **options):
+    fake = FakeTime()
+    candidates = {name: fake.candidate(name, values) for name, values in durations.items()}
+    timings = time_candidates(candidates, clock=fake.clock, sleep=fake.sleep, **options)
+    return timings, fake.events
+
+
+def constant_timing(seconds):
+    return Timing(calls_per_block=2, block_seconds=(2 * seconds,) * 3)
+
+
+def made_up_run():
+    """LSTM twice and four times as fast, RNN three times, on a machine of 100 GFLOP/s."""
+    lstm, rnn = Shape("LSTM", 5, 2, 3, 4), Shape("RNN", 5, 2, 3, 4)
+    step = StepSize("word LSTM", "LSTM", 2, 8, batch=4, bptt=5, vocabulary=11)
+
+    def compared(slow, fast):
+        return {"torch": constant_timing(slow), "rnnfast": constant_timing(fast)}
+
+    return Run(
+        environment={
+            "cpu": "Abacus",
+            "torch": "2.0",
+            "rnnfast": {"version": "1.0", "isa": "baseline"},
+            "date": "2030-01-02T03:04:05+00:00",
+        },
+        settings={"rounds": 3},
+        peaks=Peaks(threads=2, dtype="float32", flops=1e11, bandwidth={256: 1e10, 64: 1e10}),
+        layers=[
+            LayerResult(compared(0.2, 0.1), lstm, "forward"),
+            LayerResult(compared(0.4, 0.1), lstm, "training"),
+            LayerResult(compared(0.8, 0.1), Shape("LSTM", 6, 2, 3, 4), "forward"),
+            LayerResult(compared(0.3, 0.1), rnn, "forward"),
+        ],
+        steps=[StepResult(compared(0.02, 0.01), step)],
+    )
+
+
+# The harness
+
+
+def test_every_block_follows_a_pause_and_an_untimed_call():
+    durations = {"a": itertools.repeat(0.020), "b": itertools.repeat(0.020)}
+    _, events = time_fake(durations, rounds=4, block_seconds=0.020)
+    blocks = events[events.index("pause") :]
+    assert [blocks[i] for i in range(0, len(blocks), 3)] == ["pause"] * 8
+    for i in range(0, len(blocks), 3):
+        assert blocks[i + 1] == blocks[i + 2] != "pause"
+
+
+def test_each_round_has_every_candidate_once_in_changing_order():
+    durations = {name: itertools.repeat(1.0) for name in "abc"}
+    _, events = time_fake(durations, rounds=9, seed=1)
+    names = events[events.index("pause") :][1::3]
+    rounds = [tuple(names[i : i + 3]) for i in range(0, 27, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 2
+    durations = {name: itertools.repeat(1.0) for name in "abc"}
+    assert time_fake(durations, rounds=9, seed=1)[1] == events
+
+
+def test_blocks_time_only_their_own_calls():
+    # First call, counting call, then for each round an untimed call of 50 s and the timed one.
+    durations = {
+        "a": [9.0, 1.0, 50.0, 1.0, 50.0, 3.0, 50.0, 2.0],
+        "b": [9.0, 1.0, 50.0, 6.0, 50.0, 8.0, 50.0, 7.0],
+    }
+    timings, _ = time_fake(durations, rounds=3)
+    assert timings["a"] == Timing(1, (1.0, 3.0, 2.0))
+    assert timings["b"] == Timing(1, (6.0, 8.0, 7.0))
+    assert ratio(timings, "b", "a") == 3.5
+
+
+@pytest.mark.parametrize(
+    ("call_seconds", "calls"),
+    [(0.003, 7), (0.0001, 200), (0.020, 1), (0.014, 1), (0.013, 2), (5.0, 1)],
+)
+def test_calls_fill_a_block(call_seconds, calls):
+    fake = FakeTime()
+    call = fake.candidate("a", itertools.chain([100.0], itertools.repeat(call_seconds)))
+    assert count_calls(call, 0.020, fake.clock) == calls
+
+
+def test_median_and_spread():
+    timing = Timing(calls_per_block=2, block_seconds=(2.0, 20.0, 4.0, 6.0, 8.0))
+    assert timing.call_seconds == (1.0, 10.0, 2.0, 3.0, 4.0)
+    assert timing.median == 3.0
+    assert timing.spread == pytest.approx((4.0 - 2.0) / 3.0)
+    assert Timing(1, (5.0,)).spread == 0.0
+
+
+# Flops and floors
+
+
+def test_flops():
+    assert Shape("LSTM", 1, 1, 1, 1).flops("forward") == 16
+    assert Shape("RNN", 1, 1, 128, 128).flops("forward") == 65_536
+    assert WORD_LSTM.flops("forward") == 4_732_000_000
+    assert WORD_LSTM.flops("training") == 14_196_000_000
+
+
+def test_recurrent_traffic():
+    assert WORD_LSTM.weight_bytes(itemsize=4) == 6_760_000
+    assert WORD_LSTM.recurrent_traffic("forward", itemsize=4) == 236_600_000
+    assert WORD_LSTM.recurrent_traffic("training", itemsize=4) == 473_200_000
+    assert Shape("RNN", 3, 1, 1, 10).recurrent_traffic("forward", itemsize=8) == 2_400
+
+
+def test_floor_is_the_larger_of_both():
+    peaks = Peaks(2, "float32", flops=2e11, bandwidth={6_760_000: 1e11})
+    by_flops = floor(WORD_LSTM, "forward", peaks)
+    assert by_flops.flops_seconds == pytest.approx(0.02366)
+    assert by_flops.bandwidth_seconds == pytest.approx(0.002366)
+    assert (by_flops.seconds, by_flops.bound) == (by_flops.flops_seconds, "flops")
+    by_bandwidth = floor(Shape("LSTM", 35, 1, 650, 650), "training", peaks)
+    assert by_bandwidth.flops_seconds == pytest.approx(0.003549)
+    assert by_bandwidth.bandwidth_seconds == pytest.approx(0.004732)
+    assert (by_bandwidth.seconds, by_bandwidth.bound) == (
+        by_bandwidth.bandwidth_seconds,
+        "bandwidth",
+    )
+
+
+def test_shapes_are_read_back_as_printed():
+    for shape in SUITES["full"]:
+        assert Shape.parse(str(shape)) == shape
+    assert set(SUITES["quick"]) < set(SUITES["full"])
+
+
+@pytest.mark.parametrize(
+    "text", ["GRU:1,1,1,1", "LSTM", "LSTM:1,2,3", "RNN:1,2,3,x", "RNN:1,0,3,4"]
+)
+def test_bad_shapes_are_refused(text):
+    with pytest.raises(ValueError, match="shape"):
+        Shape.parse(text)
+
+
+# Agreement before timing
+
+
+def test_agreement_allows_rounding_and_nothing_else():
+    exact = torch.linspace(0.5, 1.5, 1000, dtype=torch.float64)
+    rounded = exact.float()
+    check_agreement("it", {"y": rounded}, {"y": rounded}, {"y": exact}, terms=100)
+    for wrong_entry in (1.001, float("nan"), float("inf")):
+        wrong = rounded.clone()
+        wrong[500] = wrong_entry
+        with pytest.raises(DisagreementError, match="it: y of rnnfast is off"):
+            check_agreement("it", {"y": wrong}, {"y": rounded}, {"y": exact}, terms=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cell", ["LSTM", "RNN"])
+def test_a_wrong_layer_is_not_timed(cell, mode, dtype):
+    problem = LayerProblem(Shape(cell, 7, 3, 5, 9), dtype)
+    problem.check(mode)
+    with torch.no_grad():
+        problem.layers["rnnfast"].weight_hh_l0[0, 0] += 0.01
+    with pytest.raises(DisagreementError):
+        problem.check(mode)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "RNN"])
+def test_language_model_steps_stay_together(cell):
+    size = StepSize("tiny", cell, 2, 8, batch=3, bptt=4, vocabulary=11)
+    problem = StepProblem(size, torch.float64)
+    problem.check()
+    assert size.tokens == 12
+    before = problem.models["torch"].decoder.weight.detach().clone()
+    for step in problem.calls().values():
+        for _ in range(3):
+            step()
+    weights = [model.decoder.weight for model in problem.models.values()]
+    assert not torch.equal(weights[0], before)
+    # Three steps of a contracting model: a few hundred roundings in sequence, far below 1e-10.
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+
+
+# Reports
+
+
+def test_geometric_means_by_cell_and_mode():
+    means = made_up_run().geometric_means()
+    assert list(means) == [("LSTM", "forward"), ("LSTM", "training"), ("RNN", "forward")]
+    # Ratios 2 and 8, then 4 and 3 alone.
+    assert list(means.values()) == pytest.approx([4.0, 4.0, 3.0])
+
+
+def test_full_table_row():
+    row = tables.layer_table(made_up_run()).rows[0]
+    # 2 T B G H (I + H) = 2240 flops in 0.1 s; floor 5 * 256 bytes at 10 GB/s.
+    assert row == (
+        "LSTM 5, 2, 3, 4", "forward", "200 ± 0.0%", "100 ± 0.0%", "0.0000224", "0.0%",
+        "0.000128", "bandwidth", "0.0%", "2.00x",
+    )  # fmt: skip
+
+
+def test_summary_puts_modes_side_by_side():
+    table = tables.summary_table(made_up_run())
+    assert len(table.headings) == 9
+    assert all(len(row) == 9 for row in table.rows)
+    assert table.rows[0][4] == "2.00x"
+    assert table.rows[0][8] == "4.00x"
+    assert table.rows[2] == ("RNN 5, 2, 3, 4", "300", "100", "0.0%", "3.00x", "", "", "", "")
+
+
+def test_step_table_is_in_tokens_per_second():
+    (row,) = tables.step_table(made_up_run()).rows
+    assert row == ("word LSTM", "5, 4, 11", "1,000", "2,000", "2.00x")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.01234, "0.0123"), (0.00001234, "0.0000123"), (1, "1.00"), (24.06, "24.1"),
+     (217.6, "218"), (999.6, "1000"), (1234, "1230")],
+)  # fmt: skip
+def test_significant_digits(value, text):
+    assert tables.significant(value) == text
+
+
+def test_saved_runs_are_read_back(tmp_path):
+    results.save(made_up_run(), tmp_path / "run.json")
+    assert results.load(tmp_path / "run.json") == made_up_run()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', '{"format": 99}', "\N{SNOWMAN}"])
+def test_other_files_are_refused(tmp_path, capsys, content):
+    path = tmp_path / "run.json"
+    path.write_text(content, encoding="utf-16" if content == "\N{SNOWMAN}" else "utf-8")
+    assert report.main([str(path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {path}: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_report_replaces_only_the_text_between_markers(tmp_path, capsys):
+    results.save(made_up_run(), tmp_path / "run.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Top\n{report.BEGIN}\nold\n{report.END}\nbottom\n", encoding="utf-8")
+    for _ in range(2):
+        assert report.main([str(tmp_path / "run.json"), "--write", str(readme)]) == 0
+        text = readme.read_text(encoding="utf-8")
+        assert text.startswith(f"# Top\n{report.BEGIN}\nAbacus, 2 threads, float32, torch 2.0, ")
+        assert text.endswith(f"\n{report.END}\nbottom\n")
+        assert "old" not in text
+        assert text.count("| LSTM 5, 2, 3, 4 |") == 1
+    assert capsys.readouterr().out == ""
+    assert report.main([str(tmp_path / "run.json")]) == 0
+    assert capsys.readouterr().out.strip() in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", report.BEGIN, f"{report.END}{report.BEGIN}", f"{report.BEGIN}{report.BEGIN}{report.END}"],
+)
+def test_files_without_a_place_for_the_tables_are_left_alone(tmp_path, capsys, text):
+    results.save(made_up_run(), tmp_path / "run.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(text, encoding="utf-8")
+    assert report.main([str(tmp_path / "run.json"), "--write", str(readme)]) == 1
+    assert readme.read_text(encoding="utf-8") == text
+    assert capsys.readouterr().err.startswith(f"error: {readme}: expected one line")
+
+
+def test_a_peak_below_what_was_reached_is_reported(tmp_path, capsys):
+    sound = made_up_run()
+    sound.check_peak()
+    # The first layer does 2240 flops in 0.1 s.
+    too_low = dataclasses.replace(sound, peaks=dataclasses.replace(sound.peaks, flops=2e4))
+    with pytest.raises(results.ImplausiblePeakError, match="112% of the measured peak"):
+        too_low.check_peak()
+    results.save(too_low, tmp_path / "run.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}{report.END}", encoding="utf-8")
+    assert report.main([str(tmp_path / "run.json"), "--write", str(readme)]) == 1
+    assert "too low" in capsys.readouterr().err
+    assert readme.read_text(encoding="utf-8") == f"{report.BEGIN}{report.END}"
+
+
+def test_chart_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    report.draw_chart(made_up_run(), tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The command
+
+
+def test_tiny_run_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "STEPS", (StepSize("tiny", "RNN", 1, 4, 2, 3, 5),))
+    threads = torch.get_num_threads()
+    path = tmp_path / "run.json"
+    command = f"--shapes LSTM:2,1,3,16 RNN:2,1,3,16 --rounds 2 --threads 1 --lm --json {path}"
+    try:
+        assert run.main(command.split()) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "LSTM 2, 1, 3, 16" in printed
+    assert "tiny" in printed
+
+    measured = results.load(path)
+    assert [(str(layer.shape), layer.mode) for layer in measured.layers] == [
+        (f"{cell}:2,1,3,16", mode) for cell in ("LSTM", "RNN") for mode in MODES
+    ]
+    for compared in [*measured.layers, *measured.steps]:
+        assert set(compared.timings) == {"torch", "rnnfast"}
+        for timing in compared.timings.values():
+            assert len(timing.block_seconds) == 2
+            assert min(timing.block_seconds) > 0
+    assert measured.peaks.flops > 0
+    assert set(measured.peaks.bandwidth) == {1024, 4096}
+    environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
+    assert {"date", "cpu", "cores", "torch", "rnnfast"} <= set(environment)
+
+
+def test_disagreement_ends_the_run(capsys, monkeypatch, tmp_path):
+    def disagree(self, mode):
+        raise DisagreementError("y is off")
+
+    monkeypatch.setattr(LayerProblem, "check", disagree)
+    monkeypatch.setattr(run, "measure_peaks", lambda *_: made_up_run().peaks)
+    path = tmp_path / "run.json"
+    threads = torch.get_num_threads()
+    command = f"--shapes RNN:1,1,2,2 --threads {threads} --json {path}"
+    assert run.main(command.split()) == 1
+    assert capsys.readouterr().err.endswith("error: y is off\n")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--shapes GRU:1,1,1,1", "--modes sideways", "--rounds 0", "--threads -1", "--json /no/such/x"],
+)
+def test_wrong_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(arguments.split())
+    option = arguments.split()[0].removeprefix("--").removesuffix("s")
+    assert option in capsys.readouterr().err.splitlines()[-1]

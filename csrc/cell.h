@@ -2,7 +2,7 @@
 //
 // V is whatever the kernel computes with: a vector of batch lanes on the CPU, a float on a GPU. It must
 // bring +, -, *, construction from a scalar constant, and the functions fma, sigmoid, tanh, relu and
-// positive_or_zero, visible before this header is used. Everything is static so that code compiled for
+// zero_unless_positive, visible before this header is used. Everything is static so that code compiled for
 // one instruction set is never merged by the linker with code compiled for another.
 //
 // LSTM   Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000.
@@ -66,7 +66,7 @@ struct ReluCell {
   }
   template <class V>
   RNNFAST_CELL V backward(V h, V dh) {
-    return positive_or_zero(h, dh);  // dh where h > 0, else 0
+    return zero_unless_positive(h, dh);
   }
 };
 

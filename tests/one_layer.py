@@ -120,11 +120,19 @@ def run_operator(case: Case, inputs: dict[str, Tensor], save: bool = True) -> di
 
 def by_operator(case: Case, dtype: torch.dtype, want: list[str] | None = None) -> dict[str, Tensor]:
     """Every output, and the gradient "d..." of every input (or of those in `want`)."""
-    inputs = case.inputs(dtype)
+    return differentiate(case, case.inputs(dtype), case.cotangents(dtype), want)
+
+
+def differentiate(
+    case: Case,
+    inputs: dict[str, Tensor],
+    cotangents: dict[str, Tensor],
+    want: list[str] | None = None,
+) -> dict[str, Tensor]:
+    """As `by_operator`, on inputs and gradients of the outputs that are there already."""
     want = list(inputs) if want is None else want
     inputs = {name: v.detach().requires_grad_(name in want) for name, v in inputs.items()}
     outputs = run_operator(case, inputs)
-    cotangents = case.cotangents(dtype)
     gradients = torch.autograd.grad(
         [outputs[name] for name in cotangents],
         [inputs[name] for name in want],

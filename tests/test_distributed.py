@@ -19,7 +19,7 @@ T, B, H, STEPS = 8, 6, 10, 7
 # A free port of its own for every run, so that tests can run side by side.
 TORCHRUN = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 TORCHRUN += ["-m", "rnnfast"]
-FLAGS = ["--nhid", H, "--bptt", T, "--dtype", "float64", "--optimizer", "sgd", "--lr", 0.5]
+FLAGS = ["--nhid", H, "--bptt", T, "--dtype", "float64", "--optimizer", "sgd", "--lr", 20]
 FLAGS += ["--log-interval", 1, "--eval-interval", 4, "--reset-interval", 3]
 
 

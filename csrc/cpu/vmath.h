@@ -116,11 +116,11 @@ RNNFAST_INLINE Vec<Real> relu(Vec<Real> x) {
   return V::select(x.v < V(Real(0)).v, V(Real(0)), x);
 }
 
-// value where h > 0, else 0.
+// The derivative of relu, as torch takes it: 0 where h <= 0, else the value, so a NaN in h lets it pass.
 template <class Real>
-RNNFAST_INLINE Vec<Real> positive_or_zero(Vec<Real> h, Vec<Real> value) {
+RNNFAST_INLINE Vec<Real> zero_unless_positive(Vec<Real> h, Vec<Real> value) {
   using V = Vec<Real>;
-  return V::select(h.v > V(Real(0)).v, value, V(Real(0)));
+  return V::select(h.v <= V(Real(0)).v, V(Real(0)), value);
 }
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

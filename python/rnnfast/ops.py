@@ -55,11 +55,15 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tens
         raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but should have {shape}")
     if tensor.dtype != like.dtype:
         raise RuntimeError(f"{name} is {tensor.dtype}, but x is {like.dtype}: they should be equal")
+    if tensor.device != like.device:
+        raise RuntimeError(f"{name} is on {tensor.device}, but x is on {like.device}")
 
 
 def _sizes(x: Tensor, w_hh: Tensor) -> tuple[int, int, int, int]:
     if x.dim() != 3:
         raise RuntimeError(f"x has {x.dim()} dimensions, but should have 3: (T, B, I)")
+    if w_hh.dim() != 2:
+        raise RuntimeError(f"w_hh has {w_hh.dim()} dimensions, but should have 2: (G * H, H)")
     return *x.shape, w_hh.shape[-1]
 
 
@@ -103,7 +107,8 @@ def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
     _window(T, k1, k2)
     forward = getattr(core, f"layer_forward_{precision(x.dtype)}")
     if T == 0:
-        return x.new_empty(0, B, H), h0.clone(), c0.clone(), x.new_empty(0), x.new_empty(0)
+        c, gates = ((0, B, H), (0, B, 4, H)) if save else ((0,), (0,))
+        return x.new_empty(0, B, H), h0.clone(), c0.clone(), x.new_empty(c), x.new_empty(gates)
     x, h0, c0, w_ih, w_hh, b_ih, b_hh = map(_dense, (x, h0, c0, w_ih, w_hh, b_ih, b_hh))
     y, h_n, c_n = x.new_empty(T, B, H), x.new_empty(B, H), x.new_empty(B, H)
     c = x.new_empty((T, B, H) if save else (0,))

@@ -117,6 +117,7 @@ class ProcessGroup(Engine):
             distributed.broadcast(parameter.data, 0)
 
     def close(self) -> None:
+        distributed.barrier()
         distributed.destroy_process_group()
 
 

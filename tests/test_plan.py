@@ -1,0 +1,91 @@
+"""The planner, a pure function of sizes: how many threads share a recurrence, and by what."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from rnnfast import _native
+
+# AVX-512 float32 on a core with 32 KiB of L1 and 1 MiB of L2 cache.
+ENGINE = {  # in the order of the arguments
+    "vector_width": 16,
+    "real_bytes": 4,
+    "tile_rows": 6,
+    "l1_bytes": 32 << 10,
+    "l2_bytes": 1 << 20,
+}
+
+
+def plan(T, B, I, H, threads, gates=4, **engine):  # noqa: E741
+    """The plan of a forward pass."""
+    machine = (ENGINE | engine).values()
+    return _native.core.plan_recurrence(T, B, H, gates, H, I, *machine, threads)
+
+
+@pytest.mark.parametrize("gates", [1, 4])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 1, 16, 32), (10, 1, 8, 8), (1, 5, 10, 10)])
+def test_small_problems_stay_on_the_calling_thread(sizes, gates):
+    for threads in (1, 2, 4, 64):
+        assert plan(*sizes, threads, gates)["threads"] == 1
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("gates", [1, 4])
+def test_large_batches_are_shared_by_rows(gates, threads):
+    chosen = plan(100, 256, 128, 128, threads, gates)
+    assert (chosen["threads"], chosen["split"]) == (threads, "rows")
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("gates", [1, 4])
+def test_one_row_of_many_units_is_shared_by_units(gates, threads):
+    chosen = plan(100, 1, 1024, 2048, threads, gates)
+    assert (chosen["threads"], chosen["split"]) == (threads, "units")
+
+
+SIZES = list(itertools.product((1, 3, 100), (0, 1, 2, 7, 300), (1, 300), (1, 15, 16, 17, 700)))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_what_every_plan_keeps_to(sizes):
+    T, B, I, H = sizes  # noqa: E741
+    for gates, threads in itertools.product((1, 4), (1, 2, 3, 5, 64, 1000)):
+        chosen = plan(T, B, I, H, threads, gates)
+        assert 1 <= chosen["threads"] <= threads
+        if chosen["threads"] > 1:  # nobody is without work
+            parts = B if chosen["split"] == "rows" else -(-H // ENGINE["vector_width"])
+            assert chosen["threads"] <= parts
+        assert chosen == plan(T, B, I, H, threads, gates)
+        assert 0 <= chosen["cycles"] < float("inf")
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_more_threads_or_less_work_are_never_estimated_slower(sizes):
+    def cycles(T, B, I, H, threads):  # noqa: E741
+        return plan(T, B, I, H, threads)["cycles"]
+
+    # Not from any number to any other: 4 threads may share what 3 can't.
+    for fewer, more in ((1, 2), (2, 4), (4, 8), (8, 64)):
+        assert cycles(*sizes, more) <= cycles(*sizes, fewer)
+    for n in range(4):
+        larger = [2 * size if n == m else size for m, size in enumerate(sizes)]
+        for threads in (1, 4):
+            assert cycles(*larger, threads) >= cycles(*sizes, threads)
+
+
+def test_a_second_thread_is_taken_up_once_as_work_grows():
+    for grows in range(4):
+        counts = []
+        for power in range(14):
+            sizes = [4, 4, 16, 16]
+            sizes[grows] = 2**power
+            counts.append(plan(*sizes, 2)["threads"])
+        assert counts == sorted(counts), f"size {grows}: {counts}"
+
+
+def test_slices_that_fit_a_cache_are_worth_a_barrier():
+    """Weights of 4 MiB: too much for the L2 cache of one core, not for four of them."""
+    sizes = (100, 16, 512, 512)
+    assert plan(*sizes, 4, l2_bytes=1 << 20)["split"] == "units"
+    assert plan(*sizes, 4, l2_bytes=16 << 20)["split"] == "rows"

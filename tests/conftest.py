@@ -1,10 +1,9 @@
-"""Fixtures that force what a test would otherwise leave to the machine: instruction set and threads."""
+"""Fixtures that force what would otherwise be the machine's choice: instruction set and threads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
 from rnnfast import _native
 
 

@@ -26,7 +26,7 @@ class Case:
     cell: str  # lstm, tanh or relu
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
     reverse: bool = False
     biases: str = "both"

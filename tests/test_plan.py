@@ -17,7 +17,7 @@ ENGINE = {  # in the order of the arguments
 }
 
 
-def plan(T, B, I, H, threads, gates=4, **engine):  # noqa: E741
+def plan(T, B, I, H, threads, gates=4, **engine):
     """The plan of a forward pass."""
     machine = (ENGINE | engine).values()
     return _native.core.plan_recurrence(T, B, H, gates, H, I, *machine, threads)
@@ -49,7 +49,7 @@ SIZES = list(itertools.product((1, 3, 100), (0, 1, 2, 7, 300), (1, 300), (1, 15,
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_what_every_plan_keeps_to(sizes):
-    T, B, I, H = sizes  # noqa: E741
+    T, B, I, H = sizes
     for gates, threads in itertools.product((1, 4), (1, 2, 3, 5, 64, 1000)):
         chosen = plan(T, B, I, H, threads, gates)
         assert 1 <= chosen["threads"] <= threads
@@ -62,7 +62,7 @@ def test_what_every_plan_keeps_to(sizes):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_more_threads_or_less_work_are_never_estimated_slower(sizes):
-    def cycles(T, B, I, H, threads):  # noqa: E741
+    def cycles(T, B, I, H, threads):
         return plan(T, B, I, H, threads)["cycles"]
 
     # Not from any number to any other: 4 threads may share what 3 can't.

@@ -29,7 +29,7 @@ def plans(case, dtype, threads):
     """The plans of forward and backward for the instruction set in use."""
     width = VECTOR_BYTES[_native.build_info()["isa"]] // dtype.itemsize
     machine = (width, dtype.itemsize, 6, 48 << 10, 2 << 20)
-    T, B, I, H, G = case.T, case.B, case.I, case.H, case.gates  # noqa: E741
+    T, B, I, H, G = case.T, case.B, case.I, case.H, case.gates
     k1, k2 = case.truncate or (T, T)
     plan = _native.core.plan_recurrence
     forward = plan(T, B, H, G, H, I, *machine, threads)
@@ -196,7 +196,7 @@ def flushing():
 
 @pytest.mark.parametrize("shared_by", ["rows", "units"])
 def test_workers_flush_denormals_where_the_caller_does(shared_by, flushing, threads):
-    T, B, I, H = SHARED_BY[shared_by]  # noqa: E741
+    T, B, I, H = SHARED_BY[shared_by]
     x, h0 = torch.zeros(T, B, I), torch.zeros(B, H)
     x[:, :, 0] = 2**-100
     w_ih, w_hh = torch.full((H, I), 2**-30), torch.zeros(H, H)

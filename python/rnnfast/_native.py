@@ -1,7 +1,8 @@
 """Loads the native core, and says what it can do.
 
-torch is imported first on purpose: its wheel brings the OpenMP runtime, and the core then binds to that
-one instead of a second, so that there is one thread pool and ``torch.set_num_threads`` governs it.
+torch is imported first on purpose: its wheel brings the OpenMP runtime, and the core then binds to
+that one instead of a second, so that there is one thread pool and ``torch.set_num_threads`` governs
+it.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ def build_info() -> dict[str, Any]:
     """What was built and what is in use.
 
     Returns:
-        ``version``, ``compiler``, ``isas_built`` and ``isas_available`` (slowest first), ``isa`` (the one in
-        use; the environment variable ``RNNFAST_ISA`` forces one), ``openmp`` (the library file the thread
-        pool comes from), ``cuda_architectures``.
+        ``version``, ``compiler``, ``isas_built`` and ``isas_available`` (slowest first), ``isa`` (the
+        one in use; the environment variable ``RNNFAST_ISA`` forces one), ``openmp`` (the library file
+        the thread pool comes from), ``cuda_architectures``.
     """
     return core.build_info()
 
 
 @contextmanager
 def using_isa(name: str) -> Iterator[None]:
-    """Runs the body with the kernels of instruction set ``name``; for the whole process, so for tests."""
+    """Runs the body with the kernels of instruction set ``name``, for the whole process: for tests."""
     before = core.build_info()["isa"]
     core.use_isa(name)
     try:

@@ -264,8 +264,9 @@ def generate(
 @app.command()
 def info() -> int:
     """Print version, instruction sets, threads and devices."""
-    import rnnfast
     import torch
+
+    import rnnfast
 
     lines = dict(rnnfast.build_info()) | {
         "python": sys.version.split()[0],

@@ -1,9 +1,9 @@
 """The operators: one layer in one direction, forward and backward, registered with torch.
 
-Each operator has a schema, a fake kernel (shapes only, for ``torch.compile`` and meta tensors), a CPU kernel
-that allocates the outputs and calls the native core, and an autograd formula that is again an operator.
-Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers, and nothing here copies unless an
-argument is not contiguous.
+Each operator has a schema, a fake kernel (shapes only, for ``torch.compile`` and meta tensors), a CPU
+kernel that allocates the outputs and calls the native core, and an autograd formula that is again an
+operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers, and nothing here
+copies unless an argument is not contiguous.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _LSTM = (
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
 )
 _LSTM_BACKWARD = (
-    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor h0, Tensor c0, Tensor w_ih,"
-    " Tensor w_hh, Tensor y, Tensor c, Tensor gates, bool reverse, int k1, int k2,"
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor h0, Tensor c0,"
+    " Tensor w_ih, Tensor w_hh, Tensor y, Tensor c, Tensor gates, bool reverse, int k1, int k2,"
     " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b)"
     " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
 )
@@ -83,7 +83,9 @@ def _window(T: int, k1: int, k2: int) -> tuple[int, int]:
     if k1 == 0 and k2 == 0:
         return T, T
     if not 1 <= k1 <= k2:
-        raise RuntimeError(f"k1 is {k1} and k2 is {k2}, but 1 <= k1 <= k2 should hold (or both be 0)")
+        raise RuntimeError(
+            f"k1 is {k1} and k2 is {k2}, but 1 <= k1 <= k2 should hold (or both be 0)"
+        )
     if k1 >= T:
         return T, T
     return k1, min(k2, -(-T // k1) * k1)
@@ -179,9 +181,7 @@ def _lstm_layer_backward_cpu(
     return dx, dh0, dc0, dw_ih, dw_hh, db
 
 
-def _rnn_layer_backward_cpu(
-    dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants
-):
+def _rnn_layer_backward_cpu(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants):
     T, B, I, H = _check(1, x, w_ih, w_hh, None, None, {"h0": h0, "dh_n": dh_n})
     for name, tensor in {"dy": dy, "y": y}.items():
         _expect(name, tensor, (T, B, H), x)
@@ -230,9 +230,7 @@ def _lstm_layer_backward_fake(
     return dx, x.new_empty(h0.shape), x.new_empty(c0.shape), dw_ih, dw_hh, db
 
 
-def _rnn_layer_backward_fake(
-    dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants
-):
+def _rnn_layer_backward_fake(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants):
     dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
     return dx, x.new_empty(h0.shape), dw_ih, dw_hh, db
 

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
 from rnnfast import reference
 from rnnfast.bptt import Truncation, parse_truncate
 from rnnfast.checks import check_pair
-from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 Arrays = Sequence[np.ndarray]
 

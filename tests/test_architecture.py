@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "rnnfast"
 CSRC = ROOT / "csrc"
 
-# Lowest first. A room may import rooms above it in this list, and the third-party packages beside it.
+# Lowest first. A room may import rooms above it in this list, and the packages beside it.
 ROOMS = {
     "reference": {"numpy"},
     "_native": {"torch"},
@@ -132,7 +132,7 @@ def includes_of(file: Path) -> tuple[set[str], set[str]]:
 
 
 def is_standard(header: str) -> bool:
-    """Whether it is a header of the C++ standard library: those alone have neither dot nor slash."""
+    """Whether it is a C++ standard library header: those alone have neither dot nor slash."""
     return "." not in header and "/" not in header
 
 

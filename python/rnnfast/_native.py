@@ -46,16 +46,16 @@ def build_info() -> dict[str, Any]:
     """What was built and what is in use.
 
     Returns:
-        ``version``, ``compiler``, ``isas_built`` and ``isas_available`` (slowest first), ``isa`` (the
-        one in use; the environment variable ``RNNFAST_ISA`` forces one), ``openmp`` (the library file
-        the thread pool comes from), ``cuda_architectures``.
+        ``version``, ``compiler``, ``isas_built`` and ``isas_available`` (slowest first), ``isa``
+        (the one in use; the environment variable ``RNNFAST_ISA`` forces one), ``openmp`` (the library
+        file the thread pool comes from), ``cuda_architectures``.
     """
     return core.build_info()
 
 
 @contextmanager
 def using_isa(name: str) -> Iterator[None]:
-    """Runs the body with the kernels of instruction set ``name``, for the whole process: for tests."""
+    """Runs the body with the kernels of instruction set ``name``, process-wide: for tests."""
     before = core.build_info()["isa"]
     core.use_isa(name)
     try:
@@ -65,7 +65,7 @@ def using_isa(name: str) -> Iterator[None]:
 
 
 def fma_peak(threads: int, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s that ``threads`` threads reach on independent FMAs; takes some tens of milliseconds."""
+    """FLOP/s that ``threads`` threads reach on independent FMAs; takes tens of milliseconds."""
     return getattr(core, f"fma_peak_{precision(dtype)}")(threads)
 
 

@@ -47,8 +47,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         ``version``, ``compiler``, ``isas_built`` and ``isas_available`` (slowest first), ``isa``
-        (the one in use; the environment variable ``RNNFAST_ISA`` forces one), ``openmp`` (the library
-        file the thread pool comes from), ``cuda_architectures``.
+        (the one in use; the environment variable ``RNNFAST_ISA`` forces one), ``openmp`` (the
+        library file the thread pool comes from), ``cuda_architectures``.
     """
     return core.build_info()
 

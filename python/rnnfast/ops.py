@@ -2,8 +2,8 @@
 
 Each operator has a schema, a fake kernel (shapes only, for ``torch.compile`` and meta tensors), a
 CPU kernel that allocates the outputs and calls the native core, and an autograd formula that is
-again an operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers, and nothing here
-copies unless an argument is not contiguous.
+again an operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers, and nothing
+here copies unless an argument is not contiguous.
 """
 
 from __future__ import annotations

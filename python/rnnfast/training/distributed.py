@@ -56,6 +56,10 @@ class Engine:
     def share_parameters(self, model: nn.Module) -> None:
         """Gives every process the parameters that rank 0 has."""
 
+    def wait_for_all(self) -> None:
+        """Returns when every process has got here. A process that left while another still worked
+        could be aborted by the threads that gloo keeps."""
+
     def close(self) -> None:
         """Leaves the group of processes."""
 
@@ -116,8 +120,10 @@ class ProcessGroup(Engine):
         for parameter in model.parameters():
             distributed.broadcast(parameter.data, 0)
 
-    def close(self) -> None:
+    def wait_for_all(self) -> None:
         distributed.barrier()
+
+    def close(self) -> None:
         distributed.destroy_process_group()
 
 

@@ -79,7 +79,9 @@ def train(
     try:
         stream = stream or sys.stdout
         reporter = make_reporter(stream) if engine.is_main else Reporter()
-        return _train(settings, save, resume, engine, reporter)
+        result = _train(settings, save, resume, engine, reporter)
+        engine.wait_for_all()
+        return result
     finally:
         engine.close()
 

@@ -56,14 +56,14 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tens
     if tensor.dtype != like.dtype:
         raise RuntimeError(f"{name} is {tensor.dtype}, but x is {like.dtype}: they should be equal")
     if tensor.device != like.device:
-        raise RuntimeError(f"{name} is on {tensor.device}, but x is on {like.device}")
+        raise RuntimeError(f"{name} is on device {tensor.device}, but x is on {like.device}")
 
 
 def _sizes(x: Tensor, w_hh: Tensor) -> tuple[int, int, int, int]:
     if x.dim() != 3:
         raise RuntimeError(f"x has {x.dim()} dimensions, but should have 3: (T, B, I)")
     if w_hh.dim() != 2:
-        raise RuntimeError(f"w_hh has {w_hh.dim()} dimensions, but should have 2: (G * H, H)")
+        raise RuntimeError(f"w_hh has shape {tuple(w_hh.shape)}, but should have (G * H, H)")
     return *x.shape, w_hh.shape[-1]
 
 
@@ -205,8 +205,7 @@ def _rnn_layer_backward_cpu(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, revers
 
 
 def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
-    T, B, _ = x.shape
-    H = w_hh.shape[-1]
+    T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
     c, gates = ((T, B, H), (T, B, 4, H)) if save else ((0,), (0,))
     return (
         x.new_empty(T, B, H),
@@ -218,8 +217,7 @@ def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
 
 
 def _rnn_layer_fake(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
-    T, B, _ = x.shape
-    H = w_hh.shape[-1]
+    T, B, _, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
     return x.new_empty(T, B, H), x.new_empty(B, H)
 
 
@@ -276,6 +274,17 @@ def _rnn_autograd(ctx, dy, dh_n):
     return *_wanted(grads, needs), None, None, None, None
 
 
+def _no_second_setup(ctx, inputs, output):
+    pass
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "rnnfast's layers cannot be differentiated twice; for second derivatives use torch.nn's: "
+        "rnnfast.revert(module)"
+    )
+
+
 def _wanted(grads, needs):
     return (grad if need else None for grad, need in zip(grads, needs, strict=False))
 
@@ -295,3 +304,7 @@ _register(
 _register("rnn_layer_backward", _RNN_BACKWARD, _rnn_layer_backward_cpu, _rnn_layer_backward_fake)
 torch.library.register_autograd("rnnfast::lstm_layer", _lstm_autograd, setup_context=_lstm_setup)
 torch.library.register_autograd("rnnfast::rnn_layer", _rnn_autograd, setup_context=_rnn_setup)
+for _backward in ("rnnfast::lstm_layer_backward", "rnnfast::rnn_layer_backward"):
+    torch.library.register_autograd(
+        _backward, _no_second_derivative, setup_context=_no_second_setup
+    )

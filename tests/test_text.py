@@ -183,15 +183,22 @@ def test_the_splits_are_contiguous_and_cover_the_text(tmp_path, level):
     assert "".join(corpus.vocabulary.decode(split.tokens.tolist()) for split in splits) == text
 
 
-def test_a_word_text_is_cut_at_line_ends(tmp_path):
-    lines = [f"word{n} is here\n" for n in range(100)]
+@pytest.mark.parametrize("end", ["\n", " "])
+def test_a_word_text_is_cut_between_words(tmp_path, end):
+    text = "".join(f"word{n} is here{end}" for n in range(100))
     path = tmp_path / "text"
-    path.write_text("".join(lines))
+    path.write_text(text)
     corpus = build_corpus([path], "word")
     splits = [corpus.train, corpus.valid, corpus.test]
-    assert all(split.tokens[-1] == 1 for split in splits)
-    assert sum(len(split.tokens) for split in splits) == 400
-    assert sum(split.characters for split in splits) == len("".join(lines))
+    words = len(text.replace("\n", " <eos> ").split())
+    assert sum(len(split.tokens) for split in splits) == words
+    assert sum(split.characters for split in splits) == len(text)
+    assert min(len(split.tokens) for split in splits) >= words // 25
+    read = " ".join(corpus.vocabulary.decode(split.tokens.tolist()) for split in splits)
+    assert "is here" in read
+    # Half a word would be another unknown one; only those after the training split are unknown.
+    unknown = sum((split.tokens == 0).sum().item() for split in splits)
+    assert unknown == sum(f"word{n}" not in corpus.vocabulary.words for n in range(100))
 
 
 def test_the_vocabulary_is_learned_from_the_training_split_alone(tmp_path):

@@ -23,6 +23,7 @@ from rnnfast.training import (
     Score,
     SettingsError,
     TrainSettings,
+    interrupt,
     loop,
     train,
 )
@@ -204,7 +205,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(settings, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_a_wish_and_the_second_acts_as_before(number):
+def test_the_first_signal_is_a_wish_and_a_later_one_acts_as_before(number, monkeypatch):
     received = []
     before = signal.signal(number, lambda *arguments: received.append(number))
     try:
@@ -212,7 +213,11 @@ def test_the_first_signal_is_a_wish_and_the_second_acts_as_before(number):
             assert wish.signal is None
             os.kill(os.getpid(), number)
             assert wish.signal == number
+            # The same wish, told by two.
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert wish.signal == number
             assert not received
+            monkeypatch.setattr(interrupt, "SECONDS_OF_ONE_WISH", -1.0)
             os.kill(os.getpid(), number)
             assert received == [number]
         os.kill(os.getpid(), number)

@@ -16,12 +16,15 @@ void multiply_piece(Index rows, const Real* const* a, const Right& right, Piece 
   constexpr Index width = Vec<Real>::width;
   const Columns<Real>& columns = right.columns;
   Real* target[row_block];
-  if (columns.lanes(piece.panel, piece.first + piece.vectors - 1) == width) {
+  const bool whole = columns.lanes(piece.panel, piece.first + piece.vectors - 1) == width;
+  if (whole && right.k_count <= k_block<Real>) {
     for (Index r = 0; r < rows; ++r) target[r] = c[r] + columns.column(piece.panel, piece.first);
     right.multiply(rows, piece, a, {target, columns.vector_stride(), accumulate});
     return;
   }
-  // The last vector is not full: whole vectors would spill into the next row.
+  // Through a buffer, where the last vector is not full (whole ones would spill into the next row), and
+  // where sums are added to piece by piece: rows of c that lie a power of two apart would evict each
+  // other from the cache every time.
   alignas(64) Real buffer[row_block * panel_width<Real>];
   for (Index r = 0; r < rows; ++r) target[r] = buffer + r * panel_width<Real>;
   right.multiply(rows, piece, a, {target, width, false});

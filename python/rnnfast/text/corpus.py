@@ -7,6 +7,7 @@ The default text is the standard library of the Python that runs: real text that
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ DEFAULT_NAME = "the Python standard library"
 SPLIT_NAMES = ("train", "valid", "test")
 VALID_SHARE = 0.05
 TEST_SHARE = 0.05
+WHITE_SPACE = re.compile(r"\s")
 
 # Folders of the standard library that aren't its own text: installed packages, and tests and
 # tables, which hold much data and little prose or code.
@@ -126,14 +128,15 @@ def encode_split(text: str | bytes, vocabulary: Vocabulary) -> Split:
 def split_text(text: str | bytes, level: str) -> list[str | bytes]:
     """Cuts `text` into training, validation and test parts, contiguous and in this order.
 
-    A word text is cut after the end of a line, so that no word is cut in two.
+    A word text is cut after the next white space, so that no word is cut in two.
     """
     cuts = [
         round(len(text) * (1 - VALID_SHARE - TEST_SHARE)),
         round(len(text) * (1 - TEST_SHARE)),
     ]
     if level == "word":
-        cuts = [text.find("\n", cut) + 1 or len(text) for cut in cuts]
+        gaps = [WHITE_SPACE.search(text, cut) for cut in cuts]
+        cuts = [gap.end() if gap else len(text) for gap in gaps]
     first, second = cuts
     return [text[:first], text[first:second], text[second:]]
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+# torchrun sends its processes the signal that the terminal has just sent them itself.
+SECONDS_OF_ONE_WISH = 1.0
+
 
 class InterruptWish:
-    """Context in which the first SIGINT or SIGTERM only sets `signal`.
+    """Context in which a first SIGINT or SIGTERM only sets `signal`.
 
-    The loop looks at it between two steps, so that nothing is left half done. A second signal acts
-    as it did before the context, for those who can't wait.
+    The loop looks at it between two steps, so that nothing is left half done. A signal more than
+    `SECONDS_OF_ONE_WISH` later acts as it did before the context, for those who can't wait.
 
     Attributes:
         signal: number of the signal received, None as long as there was none.
@@ -21,6 +25,7 @@ class InterruptWish:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._received = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> InterruptWish:
@@ -39,8 +44,12 @@ class InterruptWish:
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        if self.signal is None:
+            self.signal = number
+            self._received = time.monotonic()
+        elif time.monotonic() - self._received > SECONDS_OF_ONE_WISH:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -130,23 +130,25 @@ def _train(
 
     with InterruptWish() as wish:
         stop, valid = trainer.run(wish)
-    reporter.message(f"{stop.value} at step {trainer.position.step}; run saved in {directory.path}")
-    if engine.is_main:
-        directory.load_model(BEST, model)
-    engine.share_parameters(model)
-    test = evaluate(model, corpus.test, bptt=settings.bptt, engine=engine)
-    reporter.message(f"test {test}")
-    sample = ""
-    if engine.is_main:
-        TrainingLog(directory.log_file).add(
-            "test",
-            trainer.position.step,
-            loss=test.loss,
-            perplexity=test.perplexity,
-            bits_per_character=test.bits_per_character,
+        reporter.message(
+            f"{stop.value} at step {trainer.position.step}; run saved in {directory.path}"
         )
-        sample = sample_text(model, corpus, settings.seed)
-        reporter.message(f"sample:\n{sample}")
+        if engine.is_main:
+            directory.load_model(BEST, model)
+        engine.share_parameters(model)
+        test = evaluate(model, corpus.test, bptt=settings.bptt, engine=engine)
+        reporter.message(f"test {test}")
+        sample = ""
+        if engine.is_main:
+            TrainingLog(directory.log_file).add(
+                "test",
+                trainer.position.step,
+                loss=test.loss,
+                perplexity=test.perplexity,
+                bits_per_character=test.bits_per_character,
+            )
+            sample = sample_text(model, corpus, settings.seed)
+            reporter.message(f"sample:\n{sample}")
     return TrainingResult(directory.path, stop, wish.signal, valid, test, sample)
 
 

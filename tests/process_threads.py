@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 CASE = Case("lstm", 40, 64, 64, 96)  # enough work for several threads
 SECONDS = 30
 
+torch.set_num_threads(1)  # so that torch has started none of the threads counted below
+
 # Made before any fork: torch's own parallel loops, which make them, hang in a forked process.
 INPUTS, COTANGENTS = CASE.inputs(torch.float32), CASE.cotangents(torch.float32)
 

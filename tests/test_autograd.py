@@ -10,6 +10,7 @@ import torch
 from one_layer import Case, by_operator, run_operator
 from rnnfast import functional, ops
 from tolerance import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 CELLS = ["lstm", "tanh", "relu"]
@@ -97,6 +98,35 @@ def test_what_is_not_wanted_is_not_computed():
         dx, _, _, dw_ih, _, db = gradients  # dw_hh may be a by-product of db
         computed = tuple(gradient.numel() > 0 for gradient in (dx, dw_ih, db))
         assert computed == (wants[0], wants[1], wants[3])
+
+
+class BackwardCalls(TorchDispatchMode):
+    """Keeps the last four arguments of every backward operator: what was wanted of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.wants = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "layer_backward" in func.name():
+            self.wants.append(args[-4:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_of_frozen_inputs_nothing_is_wanted(cell):
+    case = Case(cell, 4, 3, 2, 5)
+    for name, want in {
+        "x": (True, False, False, False),
+        "w_ih": (False, True, False, False),
+        "w_hh": (False, False, True, False),
+        "b_ih": (False, False, False, True),
+        "b_hh": (False, False, False, True),
+        "h0": (False, False, False, False),
+    }.items():
+        with BackwardCalls() as calls:
+            by_operator(case, torch.float64, [name])
+        assert calls.wants == [want]
 
 
 def test_nothing_requires_grad_nothing_is_recorded():

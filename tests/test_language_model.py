@@ -95,8 +95,10 @@ def test_ten_training_losses_equal_those_of_torch_nn(kind, backend, dtype):
 
 def test_a_model_trained_with_one_backend_runs_with_the_others():
     torch.manual_seed(0)
-    models = [LanguageModel(V, nhid=8, emsize=8, backend=b) for b in ("torch", "rnnfast")]
-    models.append(LanguageModel(V, nhid=8, emsize=8, backend="reference"))
+    models = [
+        LanguageModel(V, nhid=8, emsize=8, nlayers=2, backend=backend)
+        for backend in ("torch", "rnnfast", "reference")
+    ]
     tokens = torch.randint(V, (6, 3))
     expected, _ = models[0](tokens)
     for model in models[1:]:
@@ -123,7 +125,7 @@ def test_impossible_models_are_refused(options, message):
 @pytest.mark.parametrize("kind", KINDS, ids=kind_id)
 def test_chunks_with_the_state_carried_give_what_the_whole_text_gives(kind):
     torch.manual_seed(0)
-    model = LanguageModel(V, emsize=6, nhid=10, dtype=torch.float64, **kind)
+    model = LanguageModel(V, emsize=6, nhid=10, nlayers=2, dtype=torch.float64, **kind)
     tokens = torch.randint(V, (11, 2))
     whole, last_state = model(tokens)
     parts, state = [], None
@@ -329,7 +331,7 @@ def test_tokens_are_drawn_with_their_probabilities():
 @pytest.mark.parametrize("kind", KINDS, ids=kind_id)
 def test_generation_carries_the_state(kind):
     torch.manual_seed(1)
-    model = LanguageModel(V, emsize=8, nhid=8, dtype=torch.float64, **kind)
+    model = LanguageModel(V, emsize=8, nhid=8, nlayers=2, dtype=torch.float64, **kind)
     # Larger weights, so that the past matters.
     for parameter in model.parameters():
         parameter.data *= 3

@@ -124,7 +124,7 @@ def own_process():
         pytest.skip("counting threads needs /proc")
     script = Path(__file__).with_name("process_threads.py")
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, script], capture_output=True, text=True, timeout=150, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -65,7 +65,9 @@ def settings(tmp_path):
     )
     return TrainSettings(
         data=(str(text),),
+        emsize=12,
         nhid=12,
+        nlayers=2,
         dropout=0.2,
         bptt=8,
         batch_size=4,
@@ -164,6 +166,13 @@ def test_a_run_stopped_at_the_end_of_an_epoch_resumes(settings, tmp_path):
     assert_same_course(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_finished_run_is_resumed_without_a_step(settings, tmp_path):
+    run(settings, tmp_path / "run")
+    before = last(tmp_path / "run")
+    assert run(settings, tmp_path / "run", resume=True).stop is Stop.STEPS
+    assert last(tmp_path / "run")[1] == before[1]
+
+
 def test_the_seed_decides_the_run(settings, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         run(dataclasses.replace(settings, seed=seed), tmp_path / name)
@@ -202,6 +211,39 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(settings, tmp
     tensors, record = last(tmp_path / "run")
     assert record["position"]["best_loss"] == 1.0
     assert not torch.equal(best["model.decoder.bias"], tensors["model.decoder.bias"])
+
+
+def test_the_rate_of_a_run_falls_when_its_validation_stops_improving(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: Score(1.0, 10, 1.0))
+    settings = dataclasses.replace(settings, eval_interval=1, log_interval=1, max_steps=6)
+    run(settings, tmp_path / "run")
+    lr = settings.lr
+    # The first validation brings a lowest loss, and the three after it none lower.
+    assert [entry["lr"] for entry in entries(tmp_path / "run", "train")] == 4 * [lr] + 2 * [lr / 2]
+
+
+def test_a_run_is_saved_before_its_last_validation(settings, tmp_path, monkeypatch):
+    def give_up(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "evaluate", give_up)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(settings, max_steps=4), tmp_path / "run")
+    assert last(tmp_path / "run")[1]["position"]["step"] == 4
+
+
+def test_rows_forget_their_state_in_turns(settings, tmp_path):
+    fresh = []
+    for steps in range(1, 6):
+        changed = dataclasses.replace(settings, max_steps=steps, reset_interval=3)
+        run(changed, tmp_path / str(steps))
+        state = last(tmp_path / str(steps))[0]["state.1"]
+        fresh.append([row for row in range(4) if not state[:, row].any()])
+    assert fresh == [[2], [1], [0, 3], [2], [1]]
+    run(dataclasses.replace(settings, reset_interval=0), tmp_path / "never")
+    assert last(tmp_path / "never")[0]["state.1"].all()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -345,6 +387,8 @@ def test_a_run_goes_where_it_can_be_written(settings, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot make directory file: File exists"):
         run(settings, "file")
     # The text is found from elsewhere, too.
+    stored = RunDirectory(tmp_path / "runs" / "1").read_record().settings
+    assert stored.data == (str(tmp_path / "text"),)
     monkeypatch.chdir("/")
     run(
         dataclasses.replace(settings, max_steps=13, data=(str(tmp_path / "text"),)),
@@ -518,14 +562,14 @@ def test_lines_are_plain_where_there_is_no_terminal():
 
 def test_a_bar_is_shown_on_a_terminal():
     stream = io.StringIO()
-    reporter = TerminalReporter(Console(file=stream, force_terminal=True, width=200))
+    reporter = TerminalReporter(Console(file=stream, force_terminal=True, width=80))
     reporter.begin(100, 10)
     reporter.step(REPORT)
     reporter.message("step 20  validation [loss] 1.0")
     reporter.end()
     shown = stream.getvalue()
     assert "20/100" in shown
-    assert "perplexity 8.00" in shown
+    assert "loss 2.0794  ppl 8.00  1,234 tokens/s  grad 0.50" in shown
     assert "validation [loss] 1.0" in shown
 
 

@@ -89,7 +89,8 @@ def train(
         int, typer.Option(help="Most words of a word vocabulary.")
     ] = DEFAULT.vocab_size,
     emsize: Annotated[
-        int | None, typer.Option(help="Size of the embedding.", show_default="as --nhid")
+        int | None,
+        typer.Option(help="Size of the embedding.", show_default="128; with --tied as --nhid"),
     ] = DEFAULT.emsize,
     nhid: Annotated[int, typer.Option(help="Hidden units of a layer.")] = DEFAULT.nhid,
     nlayers: Annotated[int, typer.Option(help="Layers.")] = DEFAULT.nlayers,

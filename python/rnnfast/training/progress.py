@@ -93,7 +93,7 @@ class TerminalReporter(Reporter):
         self._console = console
         self._progress = Progress(
             TextColumn("{task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=8),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=console,
@@ -106,7 +106,12 @@ class TerminalReporter(Reporter):
         self._progress.start()
 
     def step(self, report: StepReport) -> None:
-        self._progress.update(self._task, completed=report.step, description=str(report))
+        # Short enough for a terminal of 80 columns.
+        figures = (
+            f"loss {report.loss:.4f}  ppl {perplexity(report.loss):.2f}  "
+            f"{report.tokens_per_second:,.0f} tokens/s  grad {report.grad_norm:.2f}"
+        )
+        self._progress.update(self._task, completed=report.step, description=figures)
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -133,23 +133,30 @@ def _train(
         reporter.message(
             f"{stop.value} at step {trainer.position.step}; run saved in {directory.path}"
         )
-        if engine.is_main:
-            directory.load_model(BEST, model)
-        engine.share_parameters(model)
-        test = evaluate(model, corpus.test, bptt=settings.bptt, engine=engine)
-        reporter.message(f"test {test}")
-        sample = ""
-        if engine.is_main:
-            TrainingLog(directory.log_file).add(
-                "test",
-                trainer.position.step,
-                loss=test.loss,
-                perplexity=test.perplexity,
-                bits_per_character=test.bits_per_character,
-            )
-            sample = sample_text(model, corpus, settings.seed)
-            reporter.message(f"sample:\n{sample}")
+        test, sample = _test_best(trainer)
     return TrainingResult(directory.path, stop, wish.signal, valid, test, sample)
+
+
+def _test_best(trainer: Trainer) -> tuple[Score, str]:
+    """Scores the best model of a run on the test split, and lets it write."""
+    model, corpus, engine = trainer.model, trainer.corpus, trainer.engine
+    if engine.is_main:
+        trainer.directory.load_model(BEST, model)
+    engine.share_parameters(model)
+    test = evaluate(model, corpus.test, bptt=trainer.settings.bptt, engine=engine)
+    trainer.reporter.message(f"test {test}")
+    if not engine.is_main:
+        return test, ""
+    TrainingLog(trainer.directory.log_file).add(
+        "test",
+        trainer.position.step,
+        loss=test.loss,
+        perplexity=test.perplexity,
+        bits_per_character=test.bits_per_character,
+    )
+    sample = sample_text(model, corpus, trainer.settings.seed)
+    trainer.reporter.message(f"sample:\n{sample}")
+    return test, sample
 
 
 def create_run(directory: RunDirectory, engine: Engine) -> None:

@@ -55,6 +55,9 @@ SMALLEST = {
 }
 
 
+DEFAULT_EMSIZE = 128
+
+
 class SettingsError(ValueError):
     """A setting out of range; the message is one line for the user."""
 
@@ -69,7 +72,7 @@ class TrainSettings:
         vocab_size: largest word vocabulary.
         model: `lstm` or `rnn`.
         nonlinearity: of an `rnn`.
-        emsize: size of the embedding; None means nhid.
+        emsize: size of the embedding; None means nhid where weights are tied, else 128.
         nhid, nlayers: size and number of the recurrent layers.
         dropout: see `LanguageModel`.
         tied: decoder and embedding share one matrix.
@@ -102,7 +105,7 @@ class TrainSettings:
     nonlinearity: str = "tanh"
     emsize: int | None = None
     nhid: int = 256
-    nlayers: int = 2
+    nlayers: int = 1
     dropout: float = 0.0
     tied: bool = False
     bidirectional: bool = False
@@ -110,7 +113,7 @@ class TrainSettings:
     reset_interval: int = 32
     batch_size: int = 16
     optimizer: str = "adam"
-    lr: float = 4e-3
+    lr: float = 3e-3
     schedule: str = "plateau"
     clip: float = 1.0
     epochs: int = 10
@@ -200,12 +203,15 @@ def build_model(
     Raises:
         SettingsError: settings that no model can have together.
     """
+    emsize = settings.emsize
+    if emsize is None:
+        emsize = settings.nhid if settings.tied else DEFAULT_EMSIZE
     try:
         return LanguageModel(
             vocabulary_size,
             cell=settings.model,
             nonlinearity=settings.nonlinearity,
-            emsize=settings.nhid if settings.emsize is None else settings.emsize,
+            emsize=emsize,
             nhid=settings.nhid,
             nlayers=settings.nlayers,
             dropout=settings.dropout,

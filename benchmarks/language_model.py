@@ -10,7 +10,9 @@ import copy
 
 import rnnfast
 import torch
-from torch.nn import functional
+from rnnfast.bptt import detach
+from rnnfast.models import LanguageModel
+from rnnfast.models.language_model import State, cross_entropy
 
 from .agreement import check_agreement
 from .shapes import StepSize
@@ -21,30 +23,15 @@ LEARNING_RATE = 1e-3
 CHUNKS = 8
 
 
-class LanguageModel(torch.nn.Module):
-    """Embedding, a stack of torch.nn.LSTM or RNN, and a softmax layer over the vocabulary."""
+def loss_of(
+    model: LanguageModel, tokens: torch.Tensor, state: State | None
+) -> tuple[torch.Tensor, State]:
+    """Mean cross-entropy in nats of every next token, and the state after the chunk.
 
-    def __init__(self, size: StepSize) -> None:
-        super().__init__()
-        layer = {"LSTM": torch.nn.LSTM, "RNN": torch.nn.RNN}[size.cell]
-        self.embedding = torch.nn.Embedding(size.vocabulary, size.hidden_size)
-        self.recurrent = layer(size.hidden_size, size.hidden_size, num_layers=size.layers)
-        self.decoder = torch.nn.Linear(size.hidden_size, size.vocabulary)
-
-    def loss(self, tokens: torch.Tensor, state: object) -> tuple[torch.Tensor, object]:
-        """Mean cross-entropy of every next token.
-
-        Args:
-            tokens: (bptt + 1, batch), the last row is only a target.
-            state: carried from the chunk before, None at the start.
-
-        Returns:
-            The loss in nats and the state after the chunk.
-        """
-        hidden, state = self.recurrent(self.embedding(tokens[:-1]), state)
-        return functional.cross_entropy(
-            self.decoder(hidden).flatten(0, 1), tokens[1:].flatten()
-        ), state
+    tokens: (bptt + 1, batch), the last row is only a target. state: carried from the chunk before.
+    """
+    logits, state = model(tokens[:-1], state)
+    return cross_entropy(logits, tokens[1:]), state
 
 
 class StepProblem:
@@ -53,7 +40,15 @@ class StepProblem:
     def __init__(self, size: StepSize, dtype: torch.dtype, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.size = size
-        torch_model = LanguageModel(size).to(dtype)
+        torch_model = LanguageModel(
+            size.vocabulary,
+            cell=size.cell.lower(),
+            emsize=size.hidden_size,
+            nhid=size.hidden_size,
+            nlayers=size.layers,
+            backend="torch",
+            dtype=dtype,
+        )
         self.models = {
             "torch": torch_model,
             "rnnfast": rnnfast.convert(copy.deepcopy(torch_model)),
@@ -73,7 +68,7 @@ class StepProblem:
         check_agreement(size.name, computed["rnnfast"], computed["torch"], computed["exact"], terms)
 
     def _results(self, model: LanguageModel) -> dict[str, torch.Tensor]:
-        loss, _ = model.loss(self.tokens[0], None)
+        loss, _ = loss_of(model, self.tokens[0], None)
         parameters = dict(model.named_parameters())
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         named_gradients = zip((f"d{name}" for name in parameters), gradients, strict=True)
@@ -81,23 +76,17 @@ class StepProblem:
 
     def _step(self, model: LanguageModel) -> Call:
         optimizer = getattr(torch.optim, self.size.optimizer)(model.parameters(), lr=LEARNING_RATE)
-        state: object = None
+        state: State | None = None
         position = 0
 
         def step() -> None:
             nonlocal state, position
-            loss, state = model.loss(self.tokens[position % CHUNKS], state)
+            loss, state = loss_of(model, self.tokens[position % CHUNKS], state)
             position += 1
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
-            state = _detach(state)
+            state = detach(state)
 
         return step
-
-
-def _detach(state: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
-    if isinstance(state, tuple):
-        return tuple(part.detach() for part in state)
-    return state.detach()

@@ -110,10 +110,10 @@ class StepSize:
         return self.batch * self.bptt
 
 
-# The default of `rnnfast train`, and the medium model of Zaremba et al. 2014 as users know it from
-# PyTorch's word_language_model.
+# The layers and batch that are the default of `rnnfast train`, and the medium model of Zaremba et al.
+# 2014 as users know it from PyTorch's word_language_model.
 STEPS = (
-    StepSize("character LSTM 2x256", "LSTM", 2, 256, 32, 64, vocabulary=100, optimizer="Adam"),
+    StepSize("character LSTM 1x256", "LSTM", 1, 256, 16, 64, vocabulary=100, optimizer="Adam"),
     StepSize("word LSTM 2x650", "LSTM", 2, 650, batch=20, bptt=35, vocabulary=10_000),
     StepSize("word RNN 2x650", "RNN", 2, 650, batch=20, bptt=35, vocabulary=10_000),
 )

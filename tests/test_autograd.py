@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -222,14 +223,14 @@ def operator_calls(requires_grad):
         wants = (True, biases == "both", False, biases == "both")
         if cell == "lstm":
             for save in (True, False) if not requires_grad else (True,):
-                yield ops.lstm_layer, (*head, *bias, case.reverse, *k, save)
+                yield torch.ops.rnnfast.lstm_layer.default, (*head, *bias, case.reverse, *k, save)
             y, _, _, c, gates = ops.lstm_layer(*detached, None, None, case.reverse, *k, True)
             tail = (*detached, y, c, gates, case.reverse, *k, *wants)
             backward = torch.ops.rnnfast.lstm_layer_backward.default
             yield backward, (y, None, None, c, *tail)
             yield backward, (None, y[0], y[0], None, *tail)
         else:
-            yield ops.rnn_layer, (*head, *bias, cell, case.reverse, *k)
+            yield torch.ops.rnnfast.rnn_layer.default, (*head, *bias, cell, case.reverse, *k)
             y, _ = ops.rnn_layer(*detached, None, None, cell, case.reverse, *k)
             tail = (*detached, y, cell, case.reverse, *k, *wants)
             yield torch.ops.rnnfast.rnn_layer_backward.default, (y, y[0].clone(), *tail)
@@ -336,3 +337,18 @@ def test_compile_functions_and_other_lengths():
         x = torch.randn(T, B, 3, dtype=torch.float64, requires_grad=True)
         got = loss_and_gradients(compiled, module, x)
         assert_same_results(got, loss_and_gradients(run, module, x), T=10)
+
+
+# torch's own forward mode scripts its decompositions, which it has deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("module", [rnnfast.LSTM(3, 4), rnnfast.RNN(3, 4)], ids=["lstm", "rnn"])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_forward_mode_is_refused_rather_than_dropped(module, trainable):
+    module = copy.deepcopy(module).requires_grad_(trainable)
+    x = torch.randn(5, 2, 3)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: module(x)[0], (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        module(x)  # no tangent is given, so none is lost
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            module(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))

@@ -40,6 +40,7 @@ void add_biases(Index count, const Real* b_ih, const Real* b_hh, Real* sum) {
 // Where a step's cells stand: row (t, b) and, in processing order, the step before it.
 struct Step {
   Index p, t, t_prev;
+  Index in_chunk;  // the chunk's first step is 0
 };
 
 template <class Real>
@@ -48,12 +49,11 @@ struct LstmForward {
   const LayerForward<Real>& layer;
   const Real* bias;
   Real* chunk_gates;  // (chunk, B, 4, H) where the layer does not keep its gates
-  Index chunk_begin = 0;
 
   // Where the projection puts the pre-activations, and the recurrence finds them.
   Real* preactivations(Step at, Index b) const {
     const Index B = layer.shape.B;
-    const Index row = layer.gates ? at.t * B + b : (at.p - chunk_begin) * B + b;
+    const Index row = layer.gates ? at.t * B + b : at.in_chunk * B + b;
     return (layer.gates ? layer.gates : chunk_gates) + row * 4 * layer.shape.H;
   }
 
@@ -90,9 +90,8 @@ struct RnnForward {
   static constexpr Index gates = 1;
   const LayerForward<Real>& layer;
   const Real* bias;
-  Real* chunk_gates = nullptr;  // none: h takes the place of its pre-activation in y
-  Index chunk_begin = 0;
 
+  // h takes the place of its pre-activation in y.
   Real* preactivations(Step at, Index b) const {
     return layer.y + (at.t * layer.shape.B + b) * layer.shape.H;
   }
@@ -109,20 +108,21 @@ struct RnnForward {
 
 // One thread's part of the whole layer; Right is how the weights are laid out.
 template <class Real, class CellStep, class Right>
-void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer, CellStep cell,
-                  const Right& w_ih, const Right& w_hh, Index chunk, Real* buffer) {
+void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
+                  const CellStep& cell, const Right& w_ih,
+                  const Right& w_hh, Index chunk, Real* buffer) {
   constexpr Index width = Vec<Real>::width;
   const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
   const Columns<Real>& columns = w_hh.columns;
   const Part part = part_of(team, plan, B, columns.unit_vectors());
   const Index rows = part.rows.size();
   const Index blocks = ceil_div(rows, row_block);
-  const auto step = [&](Index p) {
-    return layer.shape.reverse ? Step{p, T - 1 - p, T - p} : Step{p, p, p - 1};
-  };
   for (Index begin = 0; begin < T; begin += chunk) {
     const Index end = std::min(begin + chunk, T);
-    cell.chunk_begin = begin;
+    const auto step = [&](Index p) {
+      return layer.shape.reverse ? Step{p, T - 1 - p, T - p, p - begin}
+                                 : Step{p, p, p - 1, p - begin};
+    };
     const auto input = [&](Index m) {
       return layer.x + (step(begin + m / rows).t * B + part.rows.begin + m % rows) * I;
     };

@@ -93,7 +93,7 @@ constexpr Index row_block = 128;
 
 // Asks for a share of the piece that comes next, while this one is in use: weights that live in the L3
 // cache then arrive in the L2 before they are needed. Packed pieces and panels lie one behind the
-// other, so what comes next is known.
+// other, so what comes next is known; of weights that are not packed it is not.
 template <class Real>
 RNNFAST_INLINE void prefetch_share(const Real* next, Index count, Index share, Index shares) {
   constexpr Index line = 64 / sizeof(Real);
@@ -113,7 +113,7 @@ void multiply(Index rows, Index vectors, Index k, const Real* const* a, Panel<Re
     for (Index r = 0; r < rows; ++r) piece[r] = a[r] + from;
     for (Index group = 0; group < groups; ++group) {
       const Index first = group * rows / groups, last = (group + 1) * rows / groups;
-      if (groups > 1)
+      if (groups > 1 && panel.stride == tile_vectors * Vec<Real>::width)
         prefetch_share(panel.first + (from + terms) * panel.stride, terms * panel.stride, group, groups);
       tiles<Real>[last - first - 1][vectors - 1](
           terms, piece + first, {panel.first + from * panel.stride, panel.stride},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._native import core, precision
 
@@ -289,15 +290,32 @@ def _wanted(grads, needs):
     return (grad if need else None for grad, need in zip(grads, needs, strict=False))
 
 
-def _register(name: str, schema: str, cpu, fake) -> torch._ops.OpOverload:
+def _without_forward_mode(name: str):
+    """The operator, refusing tangents: there is no formula, and torch would drop them silently."""
+    operator = getattr(torch.ops.rnnfast, name).default
+
+    def call(*args):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+            for arg in args
+        ):
+            raise NotImplementedError(
+                f"rnnfast's {name} has no forward-mode derivative; use torch.nn's layers for it: "
+                "rnnfast.revert(module)"
+            )
+        return operator(*args)
+
+    return call
+
+
+def _register(name: str, schema: str, cpu, fake) -> None:
     torch.library.define(f"rnnfast::{name}", schema)
     torch.library.impl(f"rnnfast::{name}", "CPU")(cpu)
     torch.library.register_fake(f"rnnfast::{name}")(fake)
-    return getattr(torch.ops.rnnfast, name).default
 
 
-lstm_layer = _register("lstm_layer", _LSTM, _lstm_layer_cpu, _lstm_layer_fake)
-rnn_layer = _register("rnn_layer", _RNN, _rnn_layer_cpu, _rnn_layer_fake)
+_register("lstm_layer", _LSTM, _lstm_layer_cpu, _lstm_layer_fake)
+_register("rnn_layer", _RNN, _rnn_layer_cpu, _rnn_layer_fake)
 _register(
     "lstm_layer_backward", _LSTM_BACKWARD, _lstm_layer_backward_cpu, _lstm_layer_backward_fake
 )
@@ -308,3 +326,6 @@ for _backward in ("rnnfast::lstm_layer_backward", "rnnfast::rnn_layer_backward")
     torch.library.register_autograd(
         _backward, _no_second_derivative, setup_context=_no_second_setup
     )
+
+lstm_layer = _without_forward_mode("lstm_layer")
+rnn_layer = _without_forward_mode("rnn_layer")

@@ -1,9 +1,8 @@
 """Who computes the recurrent stack of a model: a name in, a torch module out.
 
 All backends have torch.nn's constructor, parameters and results, so a model trained with one runs
-with
-another: `rnnfast` is the fast one, `torch` the peer to compare with, `reference` the textbook in
-    NumPy.
+with another: `rnnfast` is the fast one, `torch` the peer to compare with, `reference` the textbook
+in NumPy.
 """
 
 from __future__ import annotations

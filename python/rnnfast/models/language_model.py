@@ -42,9 +42,8 @@ class LanguageModel(nn.Module):
 
     Raises:
         ValueError: `bidirectional`, since the backward direction would read the very tokens that
-            the
-            model is to predict; `tied` with different emsize and nhid; a size below one; an unknown
-            cell or backend.
+            the model is to predict; `tied` with different emsize and nhid; a size below one; an
+            unknown cell or backend.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 A chunk of `bptt` steps is read in every row, the gradient of its loss flows back to the chunk's
 beginning and no further, and the state is carried to the next chunk as a constant: TBPTT(k1, k2)
-    with k1 = k2 = bptt (Williams & Peng 1990).
+with k1 = k2 = bptt (Williams & Peng 1990).
 
 Everything the next step depends on is in the model, the optimiser, the random number generators,
 the carried state and `Position`, and all five are in a checkpoint: a resumed run takes the very

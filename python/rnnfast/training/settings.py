@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "backend": BACKENDS,
 }
 # What may change when a run is resumed: how far it goes and on what it is computed. Any other
-#     change would make it another run.
+# change would make it another run.
 RESUMABLE = frozenset(
     {"data", "epochs", "max_steps", "max_minutes", "log_interval", "backend", "device"}
 )

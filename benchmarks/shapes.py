@@ -110,7 +110,7 @@ class StepSize:
         return self.batch * self.bptt
 
 
-# The layers and batch that are the default of `rnnfast train`, and the medium model of Zaremba et al.
+# Layers and batch as `rnnfast train` has them by default, and the medium model of Zaremba et al.
 # 2014 as users know it from PyTorch's word_language_model.
 STEPS = (
     StepSize("character LSTM 1x256", "LSTM", 1, 256, 16, 64, vocabulary=100, optimizer="Adam"),

@@ -20,6 +20,12 @@ Engine engine() {
   return {Vec<Real>::width, sizeof(Real), tile_rows, l1_cache_bytes(), l2_cache_bytes()};
 }
 
+// Whether `count` packed weights are too many to stay in a core's L2 cache beside everything else.
+template <class Real>
+bool are_streamed(Index count) {
+  return count * Index(sizeof(Real)) > l2_cache_bytes() / 2;
+}
+
 // What a thread owns of a recurrence.
 struct Part {
   Range rows;          // batch rows
@@ -197,7 +203,8 @@ void run_forward(const LayerForward<Real>& layer, Index gates, MakeCell&& make_c
     pack_columns(columns, panels, shape.H, layer.w_hh, packed_hh);
     team.barrier();
     using Right = Packed<Real>;
-    part(Right{columns, shape.I, packed_ih}, Right{columns, shape.H, packed_hh});
+    part(Right{columns, shape.I, packed_ih, are_streamed<Real>(ih_count)},
+         Right{columns, shape.H, packed_hh, are_streamed<Real>(hh_count)});
   };
   run_team(plan.threads, body);
   workspace.release();

@@ -292,8 +292,7 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCell&& make
       if (layer.dx) pack_share(team, input, GH, layer.w_ih, packed_ih);
       team.barrier();
       using Right = Packed<Real>;
-      return run(team, Right{input, GH, packed_ih, are_streamed<Real>(ih_count)},
-                 Right{hidden, GH, packed_hh, are_streamed<Real>(hh_count)});
+      return run(team, Right{input, GH, packed_ih}, Right{hidden, GH, packed_hh});
     }
     using Right = UnpackedRows<Real>;
     const Right w_ih{input, GH, layer.w_ih, packed_ih}, w_hh{hidden, GH, layer.w_hh, packed_hh};

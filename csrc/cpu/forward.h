@@ -20,12 +20,6 @@ Engine engine() {
   return {Vec<Real>::width, sizeof(Real), tile_rows, l1_cache_bytes(), l2_cache_bytes()};
 }
 
-// Whether `count` packed weights are too many to stay in a core's L2 cache beside everything else.
-template <class Real>
-bool are_streamed(Index count) {
-  return count * Index(sizeof(Real)) > l2_cache_bytes() / 2;
-}
-
 // What a thread owns of a recurrence.
 struct Part {
   Range rows;          // batch rows
@@ -49,6 +43,12 @@ struct Step {
   Index in_chunk;  // the chunk's first step is 0
 };
 
+// The line that holds the end of a vector; the line of its beginning came with the vector before it.
+template <int write, class Real>
+RNNFAST_INLINE void prefetch_vector(const Real* from) {
+  __builtin_prefetch(from + Vec<Real>::width - 1, write);
+}
+
 template <class Real>
 struct LstmForward {
   static constexpr Index gates = 4;
@@ -61,6 +61,15 @@ struct LstmForward {
     const Index B = layer.shape.B;
     const Index row = layer.gates ? at.t * B + b : at.in_chunk * B + b;
     return (layer.gates ? layer.gates : chunk_gates) + row * 4 * layer.shape.H;
+  }
+
+  // Asks for what a vector of hidden units of row b will read, and write.
+  RNNFAST_INLINE void prefetch(Step at, Index b, Index unit) const {
+    const Index H = layer.shape.H;
+    const Real* row = preactivations(at, b) + unit;
+    for (Index gate = 0; gate < gates; ++gate) prefetch_vector<1>(row + gate * H);
+    if (layer.c) prefetch_vector<1>(layer.c + (at.t * layer.shape.B + b) * H + unit);
+    prefetch_vector<1>(layer.y + (at.t * layer.shape.B + b) * H + unit);
   }
 
   // Finishes one vector of hidden units of row b; sums[gate] is h[t-1] W_hh^T.
@@ -100,6 +109,10 @@ struct RnnForward {
   // h takes the place of its pre-activation in y.
   Real* preactivations(Step at, Index b) const {
     return layer.y + (at.t * layer.shape.B + b) * layer.shape.H;
+  }
+
+  RNNFAST_INLINE void prefetch(Step at, Index b, Index unit) const {
+    prefetch_vector<1>(preactivations(at, b) + unit);
   }
 
   RNNFAST_INLINE void operator()(Step at, Index b, Index unit, Index lanes, const Real* sums) const {
@@ -150,13 +163,16 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
           sums[r] = buffer + r * panel_width<Real>;
         }
         for_each_piece(columns, part.unit_vectors, [&](Piece piece) {
+          const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
+            for (Index r = 0; r < own.size(); ++r)
+              for (Index v = 0; v < piece.vectors; v += CellStep::gates)
+                visit(r, v, columns.unit_vector(piece.panel, piece.first + v) * width);
+          };
+          for_each_cell([&](Index r, Index, Index unit) RNNFAST_LAMBDA { cell.prefetch(at, first + r, unit); });
           w_hh.multiply(own.size(), piece, a, {sums, width, false});
-          for (Index r = 0; r < own.size(); ++r) {
-            for (Index v = 0; v < piece.vectors; v += CellStep::gates) {
-              const Index unit = columns.unit_vector(piece.panel, piece.first + v) * width;
-              cell(at, first + r, unit, std::min(width, H - unit), sums[r] + v * width);
-            }
-          }
+          for_each_cell([&](Index r, Index v, Index unit) RNNFAST_LAMBDA {
+            cell(at, first + r, unit, std::min(width, H - unit), sums[r] + v * width);
+          });
         });
       }
       if (plan.split == Split::units && p + 1 < T) team.barrier();
@@ -203,8 +219,7 @@ void run_forward(const LayerForward<Real>& layer, Index gates, MakeCell&& make_c
     pack_columns(columns, panels, shape.H, layer.w_hh, packed_hh);
     team.barrier();
     using Right = Packed<Real>;
-    part(Right{columns, shape.I, packed_ih, are_streamed<Real>(ih_count)},
-         Right{columns, shape.H, packed_hh, are_streamed<Real>(hh_count)});
+    part(Right{columns, shape.I, packed_ih}, Right{columns, shape.H, packed_hh});
   };
   run_team(plan.threads, body);
   workspace.release();

@@ -154,14 +154,12 @@ struct Packed {
   Columns<Real> columns;
   Index k_count;
   const Real* panels;
-  bool streamed = false;  // see Panel
 
   // The product of `rows` rows with one piece.
   void multiply(Index rows, Piece piece, const Real* const* a, TileTarget<Real> c) const {
     const Real* first = panels + piece.panel * k_count * panel_width<Real> +
                         piece.first * Vec<Real>::width;
-    cpu::RNNFAST_ISA::multiply<Real>(rows, piece.vectors, k_count, a, {first, panel_width<Real>, streamed},
-                                     c);
+    cpu::RNNFAST_ISA::multiply<Real>(rows, piece.vectors, k_count, a, {first, panel_width<Real>}, c);
   }
 };
 

@@ -26,6 +26,8 @@
 #endif
 
 #define RNNFAST_INLINE inline __attribute__((always_inline))
+// The same for a lambda. GCC drops calls that do nothing but prefetch, unless they are inlined first.
+#define RNNFAST_LAMBDA __attribute__((always_inline))
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -128,6 +130,37 @@ struct Vec {
   // Lane by lane: where the condition holds a, else b. A NaN makes every comparison false.
   static RNNFAST_INLINE Vec select(Mask condition, Vec a, Vec b) {
     return Native((Mask(a.v) & condition) | (Mask(b.v) & ~condition));
+  }
+  // The lesser and the greater, lane by lane; b where either is NaN.
+  friend RNNFAST_INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Real) == 4)
+      return Native(_mm512_min_ps(__m512(a.v), __m512(b.v)));
+    else
+      return Native(_mm512_min_pd(__m512d(a.v), __m512d(b.v)));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(Real) == 4)
+      return Native(_mm256_min_ps(__m256(a.v), __m256(b.v)));
+    else
+      return Native(_mm256_min_pd(__m256d(a.v), __m256d(b.v)));
+#else
+    return select(a.v < b.v, a, b);
+#endif
+  }
+  friend RNNFAST_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Real) == 4)
+      return Native(_mm512_max_ps(__m512(a.v), __m512(b.v)));
+    else
+      return Native(_mm512_max_pd(__m512d(a.v), __m512d(b.v)));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(Real) == 4)
+      return Native(_mm256_max_ps(__m256(a.v), __m256(b.v)));
+    else
+      return Native(_mm256_max_pd(__m256d(a.v), __m256d(b.v)));
+#else
+    return select(a.v > b.v, a, b);
+#endif
   }
   static RNNFAST_INLINE Mask sign_bit() { return Mask{} + (Bits(1) << (8 * sizeof(Real) - 1)); }
   friend RNNFAST_INLINE Vec abs(Vec a) { return Native(Mask(a.v) & ~sign_bit()); }

@@ -23,20 +23,28 @@ struct TileTarget {
   bool accumulate;
 };
 
-// Vectors side by side for k = 0, 1, ..., `stride` elements from one k to the next. Streamed: the panel
-// belongs to weights too large for the L2 cache, packed so that what comes next in memory is used next.
+// Vectors side by side for k = 0, 1, ..., `stride` elements from one k to the next.
 template <class Real>
 struct Panel {
   const Real* first;
   Index stride;
-  bool streamed;
+};
+
+// Terms k of the sum; rows of `a` and the panel both begin at k = 0.
+struct Terms {
+  Index begin, end;
 };
 
 template <class Real>
-using TileKernel = void (*)(Index k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c);
+using TileKernel = void (*)(Terms k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c);
+
+// Tall tiles have issue slots to spare: they ask for the panel this many k ahead of its use, for panels that
+// come from the L3 cache. Short ones load so often that the processor's own prefetching does better.
+constexpr Index prefetch_terms = 32;
+constexpr int prefetch_rows = 5;
 
 template <class Real, int rows, int vectors>
-void tile(Index k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c) {
+void tile(Terms k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c) {
   using V = Vec<Real>;
   V sum[rows][vectors];
   const Real* row[rows];
@@ -50,11 +58,15 @@ void tile(Index k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c) 
       if (c.accumulate) __builtin_prefetch(c.row[r] + v * c.vector_stride, 1);
     }
   }
-  const Real* from = panel.first;
-  for (Index i = 0; i < k; ++i, from += panel.stride) {
+  const Real* from = panel.first + k.begin * panel.stride;
+  for (Index i = k.begin; i < k.end; ++i, from += panel.stride) {
     V b[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) b[v] = V::load(from + v * V::width);
+    for (int v = 0; v < vectors; ++v) {
+      b[v] = V::load(from + v * V::width);
+      if constexpr (rows >= prefetch_rows)
+        __builtin_prefetch(from + prefetch_terms * panel.stride + v * V::width);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V broadcast(row[r][i]);
@@ -85,44 +97,28 @@ constexpr auto tile_table(std::integer_sequence<int, row...>) {
 template <class Real>
 inline constexpr auto tiles = tile_table<Real>(std::make_integer_sequence<int, tile_rows>());
 
-// Sums over k are cut into pieces of this many terms: a panel's piece then stays in the L1 cache while
-// all rows pass over it. A constant, because where the cuts are decides how sums are rounded.
+// Sums over k are cut into pieces of this many terms, so that all rows pass over a panel's piece before it
+// leaves the caches next to the core. A constant, because where the cuts are decides how sums are rounded.
 template <class Real>
-constexpr Index k_block = 512 / sizeof(Real);
+constexpr Index k_block = 1024 / sizeof(Real);
 
 // Rows that pass over one piece of a panel before the next is fetched.
 constexpr Index row_block = 128;
-
-// Asks for a share of the piece that comes next, while this one is in use: weights that live in the L3
-// cache then arrive in the L2 before they are needed. Not done where they are in the L2 already: asking
-// costs a tile of few rows a tenth of its time.
-template <class Real>
-RNNFAST_INLINE void prefetch_share(const Real* next, Index count, Index share, Index shares) {
-  constexpr Index line = 64 / sizeof(Real);
-  for (Index at = share * count / shares / line * line; at < (share + 1) * count / shares; at += line)
-    __builtin_prefetch(next + at, 0, 2);
-}
 
 // C[0..rows)[0..vectors) (+)= a[0..rows)[0..k) . panel, for rows <= row_block and any k.
 template <class Real>
 void multiply(Index rows, Index vectors, Index k, const Real* const* a, Panel<Real> panel,
               TileTarget<Real> c) {
   const Index groups = (rows + tile_rows - 1) / tile_rows;
-  const Real* piece[row_block];
-  Index from = 0;
+  Terms terms{0, 0};
   do {  // at least once: an empty sum is still written
-    const Index terms = k - from < k_block<Real> ? k - from : k_block<Real>;
-    for (Index r = 0; r < rows; ++r) piece[r] = a[r] + from;
+    terms = {terms.end, k - terms.end < k_block<Real> ? k : terms.end + k_block<Real>};
     for (Index group = 0; group < groups; ++group) {
       const Index first = group * rows / groups, last = (group + 1) * rows / groups;
-      if (panel.streamed && groups > 1)
-        prefetch_share(panel.first + (from + terms) * panel.stride, terms * panel.stride, group, groups);
       tiles<Real>[last - first - 1][vectors - 1](
-          terms, piece + first, {panel.first + from * panel.stride, panel.stride, panel.streamed},
-          {c.row + first, c.vector_stride, c.accumulate || from > 0});
+          terms, a + first, panel, {c.row + first, c.vector_stride, c.accumulate || terms.begin > 0});
     }
-    from += terms;
-  } while (from < k);
+  } while (terms.end < k);
 }
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

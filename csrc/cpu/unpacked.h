@@ -84,11 +84,11 @@ struct UnpackedRows {
   void multiply(Index rows, Piece piece, const Real* const* a, TileTarget<Real> c) const {
     const Panel<Real> panel =
         is_whole(piece.panel)
-            ? Panel<Real>{weights + piece.panel * panel_width<Real>, columns.units, false}
-            : Panel<Real>{last_panel, panel_width<Real>, false};
+            ? Panel<Real>{weights + piece.panel * panel_width<Real>, columns.units}
+            : Panel<Real>{last_panel, panel_width<Real>};
     cpu::RNNFAST_ISA::multiply<Real>(
         rows, piece.vectors, k_count, a,
-        {panel.first + piece.first * Vec<Real>::width, panel.stride, false}, c);
+        {panel.first + piece.first * Vec<Real>::width, panel.stride}, c);
   }
 };
 

@@ -13,6 +13,7 @@
 
 #include "../truncation.h"
 #include "forward.h"
+#include "gradient.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 

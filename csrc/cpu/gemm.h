@@ -1,4 +1,4 @@
-// Matrix products over all time steps: the projection, dx, and the weight gradients.
+// Matrix products of the rows of all time steps with weights: the projection, and dx.
 //
 // Bound by the FMA units as long as the panels in use stay close: rows go by in blocks, so each piece of a
 // panel is fetched once per block and used row_block times.
@@ -53,59 +53,6 @@ void multiply_rows(Index count, RowIn&& a, const Right& right, Range part, RowOu
     for_each_piece(right.columns, part, [&](Piece piece) {
       multiply_piece<Real>(rows.size(), in, right, piece, out, false);
     });
-  }
-}
-
-// A thread's scratch for weight_gradient.
-template <class Real>
-struct GradientBlocks {
-  static constexpr Index terms = 256;   // time steps and batch rows taken at once
-  static constexpr Index panels = 8;    // of the right-hand side, packed
-  static constexpr Index count = terms * (panels * panel_width<Real> + row_block);
-};
-
-// dw[m][n] = sum over k of da_of(k)[m] * in_of(k)[n], for m in `part`; k runs over steps and batch rows.
-// Adds up in order of k whatever `part` is. Where db is given, also db[m] = sum over k of da_of(k)[m].
-template <class Real, class DaOf, class InOf>
-void weight_gradient(Range part, Index n_count, Index k_count, DaOf&& da_of, InOf&& in_of, Real* dw,
-                     Real* db, Real* scratch) {
-  using Blocks = GradientBlocks<Real>;
-  const Columns<Real> columns{n_count, 1};
-  Real* right = scratch;
-  Real* left = scratch + Blocks::terms * Blocks::panels * panel_width<Real>;
-  for (Index panel = 0; panel < columns.panels(); panel += Blocks::panels) {
-    const Range panels{panel, std::min(panel + Blocks::panels, columns.panels())};
-    const Range vectors{panels.begin * tile_vectors,
-                        std::min(panels.end * tile_vectors, columns.unit_vectors())};
-    Index from = 0;
-    do {  // at least once: an empty sum is still written
-      const Index terms = std::min(Blocks::terms, k_count - from);
-      const bool accumulate = from > 0;
-      pack_rows(columns, panels, terms, [&](Index k) { return in_of(from + k); }, right);
-      for (Index m = part.begin; m < part.end; m += row_block) {
-        const Index rows = std::min(row_block, part.end - m);
-        const Real* a[row_block];
-        Real* c[row_block];
-        for (Index r = 0; r < rows; ++r) {
-          a[r] = left + r * Blocks::terms;
-          c[r] = dw + (m + r) * n_count;
-        }
-        transpose<Real>(terms, rows, [&](Index k) { return da_of(from + k) + m; }, left,
-                        Blocks::terms);
-        const Packed<Real> block{columns, terms, right - panels.begin * terms * panel_width<Real>};
-        for_each_piece(columns, vectors, [&](Piece piece) {
-          multiply_piece<Real>(rows, a, block, piece, c, accumulate);
-        });
-        if (db && panel == 0) {
-          for (Index r = 0; r < rows; ++r) {
-            Real sum = accumulate ? db[m + r] : Real(0);
-            for (Index k = 0; k < terms; ++k) sum += a[r][k];
-            db[m + r] = sum;
-          }
-        }
-      }
-      from += terms;
-    } while (from < k_count);
   }
 }
 

@@ -30,13 +30,20 @@ struct Panel {
   Index stride;
 };
 
-// Terms k of the sum; rows of `a` and the panel both begin at k = 0.
+// Rows whose elements stand `stride` apart: element (r, k) is row[r][k * stride].
+template <class Real>
+struct Left {
+  const Real* const* row;
+  Index stride;
+};
+
+// Terms k of the sum; the rows of the left side and the panel both begin at k = 0.
 struct Terms {
   Index begin, end;
 };
 
 template <class Real>
-using TileKernel = void (*)(Terms k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c);
+using TileKernel = void (*)(Terms k, Left<Real> a, Panel<Real> panel, TileTarget<Real> c);
 
 // Tall tiles have issue slots to spare: they ask for the panel this many k ahead of its use, for panels that
 // come from the L3 cache. Short ones load so often that the processor's own prefetching does better.
@@ -44,13 +51,13 @@ constexpr Index prefetch_terms = 32;
 constexpr int prefetch_rows = 5;
 
 template <class Real, int rows, int vectors>
-void tile(Terms k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c) {
+void tile(Terms k, Left<Real> a, Panel<Real> panel, TileTarget<Real> c) {
   using V = Vec<Real>;
   V sum[rows][vectors];
   const Real* row[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
-    row[r] = a[r];
+    row[r] = a.row[r] + k.begin * a.stride;
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       sum[r][v] = V(Real(0));
@@ -59,7 +66,8 @@ void tile(Terms k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c) 
     }
   }
   const Real* from = panel.first + k.begin * panel.stride;
-  for (Index i = k.begin; i < k.end; ++i, from += panel.stride) {
+  Index at = 0;
+  for (Index i = k.begin; i < k.end; ++i, at += a.stride, from += panel.stride) {
     V b[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
@@ -69,7 +77,7 @@ void tile(Terms k, const Real* const* a, Panel<Real> panel, TileTarget<Real> c) 
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V broadcast(row[r][i]);
+      const V broadcast(row[r][at]);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(broadcast, b[v], sum[r][v]);
     }
@@ -116,7 +124,7 @@ void multiply(Index rows, Index vectors, Index k, const Real* const* a, Panel<Re
     for (Index group = 0; group < groups; ++group) {
       const Index first = group * rows / groups, last = (group + 1) * rows / groups;
       tiles<Real>[last - first - 1][vectors - 1](
-          terms, a + first, panel, {c.row + first, c.vector_stride, c.accumulate || terms.begin > 0});
+          terms, {a + first, 1}, panel, {c.row + first, c.vector_stride, c.accumulate || terms.begin > 0});
     }
   } while (terms.end < k);
 }

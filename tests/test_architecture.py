@@ -107,6 +107,7 @@ FOREIGN = {
     "omp.h": {"bindings.cpp", "cpu/team.cpp"},
     "pthread.h": {"cpu/team.cpp"},
     "unistd.h": {"cpu/plan.cpp"},
+    "sys/mman.h": {"cpu/workspace.cpp"},
     "immintrin.h": {"cpu/team.cpp", "cpu/simd.h"},
     "arm_neon.h": {"cpu/simd.h"},
 }

@@ -17,89 +17,112 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// A window's row at one kernel step.
+// A row of a window at one kernel step: where its operands of hidden unit 0 stand. Null gradients are zero.
+template <class Real>
 struct WindowRow {
-  Index b;
-  Index p, t;      // the step it stands at; may lie outside of [0, T)
-  bool counts;     // the step is in the window's block: losses enter
-  bool starts;     // the window's last step: nothing has arrived from the step after
-  bool final;      // the sequence's last step
+  enum Place { outside, inside, before_start };
+  Place place;
+  bool arrives;           // something comes from the step after
+  const Real *dy, *dh_n;  // the losses' part, where they count for this window
+  const Real *dc, *dc_n;
+  const Real *gates, *c, *c_prev;  // saved by an LSTM
+  const Real* h;                   // saved by an RNN
+  Real* da;
+  Real* da_sum;  // where windows overlap: the sum over windows
+  Real* dc_carry;  // dc on its way to the step before
 };
 
 template <class Real>
-RNNFAST_INLINE Vec<Real> load_or_zero(const Real* from, Index lanes) {
-  return from ? Vec<Real>::load(from, lanes) : Vec<Real>(Real(0));
+RNNFAST_INLINE void add_if(Vec<Real>& sum, const Real* from, Index unit, Index lanes) {
+  if (from) sum = sum + Vec<Real>::load(from + unit, lanes);
 }
 
 // dh of one vector of units: what arrives from the step after, from y, and from h_n.
 template <class Real>
-RNNFAST_INLINE Vec<Real> arriving_dh(const LayerBackward<Real>& layer, WindowRow at, Index unit,
-                                     Index lanes, const Real* sums) {
-  using V = Vec<Real>;
-  const Index H = layer.shape.H, B = layer.shape.B;
-  V dh = at.starts ? V(Real(0)) : V::load(sums);
-  if (at.counts && layer.dy) dh = dh + V::load(layer.dy + (at.t * B + at.b) * H + unit, lanes);
-  if (at.final && layer.dh_n) dh = dh + V::load(layer.dh_n + at.b * H + unit, lanes);
+RNNFAST_INLINE Vec<Real> arriving_dh(const WindowRow<Real>& row, Index unit, Index lanes,
+                                     const Real* sums) {
+  Vec<Real> dh = row.arrives ? Vec<Real>::load(sums) : Vec<Real>(Real(0));
+  add_if(dh, row.dy, unit, lanes);
+  add_if(dh, row.dh_n, unit, lanes);
   return dh;
+}
+
+// Stores da of one gate, and adds it to the sum over windows.
+template <class Real>
+RNNFAST_INLINE void put_da(const WindowRow<Real>& row, Index column, Index lanes, Vec<Real> da) {
+  da.store(row.da + column, lanes);
+  if (row.da_sum) (Vec<Real>::load(row.da_sum + column, lanes) + da).store(row.da_sum + column, lanes);
 }
 
 template <class Real>
 struct LstmBackward {
   static constexpr Index gates = 4;
   const LayerBackward<Real>& layer;
-  Real* dc_carry;  // (window rows, H): dc on its way to the step before
+  Real* dc_carry;  // (window rows, H)
 
-  RNNFAST_INLINE void operator()(WindowRow at, Index row, Index unit, Index lanes, const Real* sums,
-                                 Real* da_row) const {
-    using V = Vec<Real>;
-    const Index H = layer.shape.H, B = layer.shape.B;
-    const Index here = (at.t * B + at.b) * H + unit;
-    const V dh = arriving_dh(layer, at, unit, lanes, sums);
-    Real* carry = dc_carry + row * H + unit;
-    V dc = at.starts ? V(Real(0)) : V::load(carry, lanes);
-    if (at.counts && layer.dc) dc = dc + V::load(layer.dc + here, lanes);
-    if (at.final && layer.dc_n) dc = dc + V::load(layer.dc_n + at.b * H + unit, lanes);
-
-    const Real* saved = layer.gates + (at.t * B + at.b) * 4 * H + unit;
-    const LstmGates<V> gate{V::load(saved, lanes), V::load(saved + H, lanes),
-                            V::load(saved + 2 * H, lanes), V::load(saved + 3 * H, lanes)};
-    const Index t_prev = layer.shape.reverse ? at.t + 1 : at.t - 1;
-    const Real* c_prev = at.p == 0 ? layer.c0 + at.b * H : layer.c + (t_prev * B + at.b) * H;
-    LstmGates<V> da;
-    lstm_backward(gate, V::load(c_prev + unit, lanes), V::load(layer.c + here, lanes), dh, dc, da);
-    dc.store(carry, lanes);
-    da.i.store(da_row + unit, lanes);
-    da.f.store(da_row + H + unit, lanes);
-    da.g.store(da_row + 2 * H + unit, lanes);
-    da.o.store(da_row + 3 * H + unit, lanes);
+  void find_saved(WindowRow<Real>& row, Index p, Index t, Index b) const {
+    const Index B = layer.shape.B, H = layer.shape.H;
+    const Index t_prev = layer.shape.reverse ? t + 1 : t - 1;
+    row.gates = layer.gates + (t * B + b) * 4 * H;
+    row.c = layer.c + (t * B + b) * H;
+    row.c_prev = p == 0 ? layer.c0 + b * H : layer.c + (t_prev * B + b) * H;
   }
 
-  const Real* carried(Index row) const { return dc_carry + row * layer.shape.H; }
+  RNNFAST_INLINE void prefetch(const WindowRow<Real>& row, Index unit) const {
+    const Index H = layer.shape.H;
+    for (Index gate = 0; gate < 4; ++gate) {
+      prefetch_vector(row.gates + gate * H + unit);
+      prefetch_vector(row.da + gate * H + unit);
+    }
+    prefetch_vector(row.c + unit);
+    prefetch_vector(row.c_prev + unit);
+    if (row.dy) prefetch_vector(row.dy + unit);
+  }
+
+  RNNFAST_INLINE void operator()(const WindowRow<Real>& row, Index unit, Index lanes,
+                                 const Real* sums) const {
+    using V = Vec<Real>;
+    const Index H = layer.shape.H;
+    const V dh = arriving_dh(row, unit, lanes, sums);
+    V dc = row.arrives ? V::load(row.dc_carry + unit, lanes) : V(Real(0));
+    add_if(dc, row.dc, unit, lanes);
+    add_if(dc, row.dc_n, unit, lanes);
+    const auto gate_of = [&](Index gate)
+                             RNNFAST_LAMBDA { return V::load(row.gates + gate * H + unit, lanes); };
+    const LstmGates<V> gate{gate_of(0), gate_of(1), gate_of(2), gate_of(3)};
+    LstmGates<V> da;
+    lstm_backward(gate, V::load(row.c_prev + unit, lanes), V::load(row.c + unit, lanes), dh, dc, da);
+    dc.store(row.dc_carry + unit, lanes);
+    put_da(row, unit, lanes, da.i);
+    put_da(row, H + unit, lanes, da.f);
+    put_da(row, 2 * H + unit, lanes, da.g);
+    put_da(row, 3 * H + unit, lanes, da.o);
+  }
 };
 
 template <class Real, class Nonlinearity>
 struct RnnBackward {
   static constexpr Index gates = 1;
   const LayerBackward<Real>& layer;
+  static constexpr Real* dc_carry = nullptr;
 
-  RNNFAST_INLINE void operator()(WindowRow at, Index, Index unit, Index lanes, const Real* sums,
-                                 Real* da_row) const {
-    using V = Vec<Real>;
-    const V dh = arriving_dh(layer, at, unit, lanes, sums);
-    const V h = V::load(layer.y + (at.t * layer.shape.B + at.b) * layer.shape.H + unit, lanes);
-    Nonlinearity::backward(h, dh).store(da_row + unit, lanes);
+  void find_saved(WindowRow<Real>& row, Index, Index t, Index b) const {
+    row.h = layer.y + (t * layer.shape.B + b) * layer.shape.H;
   }
 
-  const Real* carried(Index) const { return nullptr; }
-};
+  RNNFAST_INLINE void prefetch(const WindowRow<Real>& row, Index unit) const {
+    prefetch_vector(row.h + unit);
+    prefetch_vector(row.da + unit);
+    if (row.dy) prefetch_vector(row.dy + unit);
+  }
 
-// sum[gate] += from[gate] for one vector of units.
-template <Index gates, class Real>
-RNNFAST_INLINE void add_gates(const Real* from, Index H, Index lanes, Real* sum) {
-  using V = Vec<Real>;
-  for (Index offset = 0; offset < gates * H; offset += H)
-    (V::load(sum + offset, lanes) + V::load(from + offset, lanes)).store(sum + offset, lanes);
-}
+  RNNFAST_INLINE void operator()(const WindowRow<Real>& row, Index unit, Index lanes,
+                                 const Real* sums) const {
+    using V = Vec<Real>;
+    const V dh = arriving_dh(row, unit, lanes, sums);
+    put_da(row, unit, lanes, Nonlinearity::backward(V::load(row.h + unit, lanes), dh));
+  }
+};
 
 // Memory of one backward call, shared by the team.
 template <class Real>
@@ -110,37 +133,49 @@ struct BackwardScratch {
 };
 
 // The recurrence of one thread's part.
-template <class Real, class CellStep, class Right>
+template <class Real, class CellLayer, class Right>
 void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
-                const Truncation& truncation, CellStep cell, const Right& w_hh,
+                const Truncation& truncation, const CellLayer& cells, const Right& w_hh,
                 const BackwardScratch<Real>& scratch, Real* buffer) {
+  using Row = WindowRow<Real>;
   constexpr Index width = Vec<Real>::width;
-  const Index B = layer.shape.B, H = layer.shape.H, GH = CellStep::gates * H;
+  const Index B = layer.shape.B, H = layer.shape.H, GH = CellLayer::gates * H;
   const Index window_rows = truncation.blocks() * B;
   const bool overlapping = layer.k2 > layer.k1;
   const Columns<Real>& columns = w_hh.columns;
   const Part part = part_of(team, plan, window_rows, columns.unit_vectors());
   const bool meets = plan.split == Split::units || overlapping;
 
-  const auto row_at = [&](Index s, Index row) {
-    const Index j = row / B, p = truncation.window_begin(j) + s, end = truncation.block_end(j);
-    return WindowRow{row % B,
-                     p,
-                     truncation.time(p),
-                     p >= truncation.block_begin(j),
-                     p == end - 1,
-                     p == truncation.T - 1};
+  const auto is_inside = [&](Index s, Index j, Index p) {
+    return s >= 0 && s < layer.k2 && p >= 0 && p < truncation.block_end(j);
   };
-  const auto inside = [&](Index s, Index row) {
-    const Index j = row / B, p = truncation.window_begin(j) + s;
-    return s >= 0 && p >= 0 && p < truncation.block_end(j);
+  const auto da_of_step = [&](Index p, Index b) {
+    return layer.da + (truncation.time(p) * B + b) * GH;
   };
-  const auto da_of_step = [&](Index s, Index row) {
-    const Index t = truncation.time(truncation.window_begin(row / B) + s);
-    return layer.da + (t * B + row % B) * GH;
+  const auto da_row = [&](Index s, Index row, Index p, Index b) {
+    return overlapping ? layer.da_windows + (s % 2 * window_rows + row) * GH : da_of_step(p, b);
   };
-  const auto da_row = [&](Index s, Index row) {
-    return overlapping ? layer.da_windows + (s % 2 * window_rows + row) * GH : da_of_step(s, row);
+  // Row (j, b) at kernel step s, and da of the step after it.
+  const auto find_row = [&](Index s, Index row, Row& at) -> const Real* {
+    const Index j = row / B, b = row % B, p = truncation.window_begin(j) + s;
+    at = {};
+    at.arrives = is_inside(s + 1, j, p + 1);
+    at.dc_carry = cells.dc_carry ? cells.dc_carry + row * H : nullptr;
+    if (is_inside(s, j, p)) {
+      at.place = Row::inside;
+      const Index t = truncation.time(p), here = (t * B + b) * H;
+      const bool counts = p >= truncation.block_begin(j), final = p == truncation.T - 1;
+      at.dy = counts && layer.dy ? layer.dy + here : nullptr;
+      at.dc = counts && layer.dc ? layer.dc + here : nullptr;
+      at.dh_n = final && layer.dh_n ? layer.dh_n + b * H : nullptr;
+      at.dc_n = final && layer.dc_n ? layer.dc_n + b * H : nullptr;
+      at.da = da_row(s, row, p, b);
+      at.da_sum = overlapping ? da_of_step(p, b) : nullptr;
+      cells.find_saved(at, p, t, b);
+    } else if (p == -1) {
+      at.place = Row::before_start;
+    }
+    return at.arrives ? da_row(s + 1, row, p + 1, b) : scratch.zeros;
   };
 
   if (overlapping) {
@@ -155,35 +190,36 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
     for (Index block = 0; block < blocks; ++block) {
       const Range rows = share(part.rows.size(), block, blocks);
       const Index first = part.rows.begin + rows.begin;
+      Row at[row_block];
       const Real* a[row_block];
       Real* sums[row_block];
       for (Index r = 0; r < rows.size(); ++r) {
-        const bool arrives = s + 1 < layer.k2 && inside(s + 1, first + r);
-        a[r] = arrives ? da_row(s + 1, first + r) : scratch.zeros;
+        a[r] = find_row(s, first + r, at[r]);
         sums[r] = buffer + r * panel_width<Real>;
       }
       for_each_piece(columns, part.unit_vectors, [&](Piece piece) {
+        const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
+          for (Index r = 0; r < rows.size(); ++r)
+            for (Index v = 0; v < piece.vectors; ++v)
+              visit(r, sums[r] + v * width, columns.column(piece.panel, piece.first + v));
+        };
+        for_each_cell([&](Index r, const Real*, Index unit) RNNFAST_LAMBDA {
+          if (at[r].place == Row::inside) cells.prefetch(at[r], unit);
+        });
         if (s + 1 < layer.k2) w_hh.multiply(rows.size(), piece, a, {sums, width, false});
-        for (Index r = 0; r < rows.size(); ++r) {
-          const Index row = first + r;
-          const WindowRow at = row_at(s, row);
-          const bool is_inside = inside(s, row);
-          if (!is_inside && at.p != -1) continue;
-          for (Index v = 0; v < piece.vectors; ++v) {
-            const Index unit = columns.column(piece.panel, piece.first + v);
-            const Index lanes = std::min(width, H - unit);
-            if (is_inside) {
-              cell(at, row, unit, lanes, sums[r] + v * width, da_row(s, row));
-              if (overlapping)
-                add_gates<CellStep::gates>(da_row(s, row) + unit, H, lanes,
-                                           da_of_step(s, row) + unit);
-            } else {
-              Vec<Real>::load(sums[r] + v * width).store(scratch.dh_start + row * H + unit, lanes);
-              if (const Real* dc = cell.carried(row))
-                Vec<Real>::load(dc + unit, lanes).store(scratch.dc_start + row * H + unit, lanes);
-            }
+        for_each_cell([&](Index r, const Real* sum, Index unit) RNNFAST_LAMBDA {
+          if (at[r].place == Row::inside) {
+            if (H - unit >= width)
+              cells(at[r], unit, width, sum);
+            else
+              cells(at[r], unit, H - unit, sum);
+          } else if (at[r].place == Row::before_start) {
+            const Index to = (first + r) * H + unit, lanes = std::min(width, H - unit);
+            Vec<Real>::load(sum).store(scratch.dh_start + to, lanes);
+            if (const Real* dc = at[r].dc_carry)
+              Vec<Real>::load(dc + unit, lanes).store(scratch.dc_start + to, lanes);
           }
-        }
+        });
       });
     }
     if (meets && s >= 0) team.barrier();
@@ -219,21 +255,17 @@ void products(Team& team, const LayerBackward<Real>& layer, Index GH, const Righ
         own.size(), [&](Index m) { return da_of(own.begin + m); }, w_ih, vectors,
         [&](Index m) { return layer.dx + (own.begin + m) * I; });
   }
-  const Range part = team.share(GH);
-  const bool has_input = layer.dw_ih && I > 0;
-  if (has_input)
-    weight_gradient(
-        part, I, rows, da_of, [&](Index row) { return layer.x + row * I; }, layer.dw_ih,
-        layer.db, blocks);
-  if (layer.dw_hh) {
-    const auto h_prev = [&](Index row) -> const Real* {
-      const Index t = row / B, b = row % B;
-      if (layer.shape.reverse) return t == T - 1 ? layer.h0 + b * H : layer.y + (row + B) * H;
-      return t == 0 ? layer.h0 + b * H : layer.y + (row - B) * H;
-    };
-    weight_gradient(part, H, rows, da_of, h_prev, layer.dw_hh,
-                    has_input ? static_cast<Real*>(nullptr) : layer.db, blocks);
-  }
+  if (!layer.dw_ih && !layer.dw_hh) return;
+  const auto x_of = [&](Index row) { return layer.x + row * I; };
+  const auto h_prev_of = [&](Index row) -> const Real* {
+    const Index t = row / B, b = row % B;
+    if (layer.shape.reverse) return t == T - 1 ? layer.h0 + b * H : layer.y + (row + B) * H;
+    return t == 0 ? layer.h0 + b * H : layer.y + (row - B) * H;
+  };
+  weight_gradients<Real>(team.share(GH), rows, da_of,
+                         GradientInput<Real, decltype(x_of)>{layer.dw_ih ? I : 0, x_of, layer.dw_ih},
+                         GradientInput<Real, decltype(h_prev_of)>{layer.dw_hh ? H : 0, h_prev_of, layer.dw_hh},
+                         layer.db, blocks);
 }
 
 // Packs this thread's share of the panels of a matrix stored one row per k.
@@ -245,8 +277,8 @@ void pack_share(Team& team, const Columns<Real>& columns, Index k_count, const R
       to + panels.begin * k_count * panel_width<Real>);
 }
 
-template <class Real, class MakeCell>
-void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCell&& make_cell) {
+template <class Real, class MakeCells>
+void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCells&& make_cells) {
   const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
   const Index GH = gates * H;
   const Truncation truncation{T, layer.k1, layer.k2, layer.shape.reverse};
@@ -280,7 +312,7 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCell&& make
 
   const auto run = [&](Team& team, const auto& w_ih, const auto& w_hh) {
     Real* buffer = buffers + team.rank * buffer_count;
-    recur_back(team, plan, layer, truncation, make_cell(dc_carry), w_hh, scratch, buffer);
+    recur_back(team, plan, layer, truncation, make_cells(dc_carry), w_hh, scratch, buffer);
     team.barrier();
     add_starts(team, truncation.windows_to_start(), B * H, scratch.dh_start, layer.dh0);
     if (layer.dc0)

@@ -37,18 +37,75 @@ void add_biases(Index count, const Real* b_ih, const Real* b_hh, Real* sum) {
   for (Index n = 0; n < count; ++n) sum[n] = (b_ih ? b_ih[n] : Real(0)) + (b_hh ? b_hh[n] : Real(0));
 }
 
-// Where a step's cells stand: row (t, b) and, in processing order, the step before it.
+// Where a step stands: t, and in processing order p; the chunk's first step has in_chunk 0.
 struct Step {
   Index p, t, t_prev;
-  Index in_chunk;  // the chunk's first step is 0
+  Index in_chunk;
 };
 
 // The line that holds the end of a vector; the line of its beginning came with the vector before it.
-template <int write, class Real>
+template <class Real>
 RNNFAST_INLINE void prefetch_vector(const Real* from) {
-  __builtin_prefetch(from + Vec<Real>::width - 1, write);
+  __builtin_prefetch(from + Vec<Real>::width - 1, 1);
 }
 
+// The cells of one step: `operator()` finishes one vector of hidden units of row b, where sums[gate] is
+// h[t-1] W_hh^T; `prefetch` asks for the lines that it will use.
+template <class Real>
+struct LstmCells {
+  Index H;
+  const Real* bias;
+  Real* preactivations;  // (B, 4, H); the gates take their place if they are kept
+  bool keep_gates;
+  const Real* c_prev;  // (B, H)
+  Real *c, *h;         // (B, H)
+
+  RNNFAST_INLINE void prefetch(Index b, Index unit) const {
+    const Real* row = preactivations + b * 4 * H + unit;
+    for (Index gate = 0; gate < 4; ++gate) prefetch_vector(row + gate * H);
+    prefetch_vector(c + b * H + unit);
+    prefetch_vector(h + b * H + unit);
+  }
+
+  RNNFAST_INLINE void operator()(Index b, Index unit, Index lanes, const Real* sums) const {
+    using V = Vec<Real>;
+    Real* row = preactivations + b * 4 * H + unit;
+    const auto preactivation = [&](Index gate) RNNFAST_LAMBDA {
+      return V::load(row + gate * H, lanes) + V::load(sums + gate * V::width) +
+             V::load(bias + gate * H + unit, lanes);
+    };
+    LstmGates<V> gate{preactivation(0), preactivation(1), preactivation(2), preactivation(3)};
+    V c_new, h_new;
+    lstm_forward(gate, V::load(c_prev + b * H + unit, lanes), c_new, h_new);
+    if (keep_gates) {
+      gate.i.store(row, lanes);
+      gate.f.store(row + H, lanes);
+      gate.g.store(row + 2 * H, lanes);
+      gate.o.store(row + 3 * H, lanes);
+    }
+    c_new.store(c + b * H + unit, lanes);
+    h_new.store(h + b * H + unit, lanes);
+  }
+};
+
+template <class Real, class Nonlinearity>
+struct RnnCells {
+  Index H;
+  const Real* bias;
+  Real* h;  // (B, H); holds the pre-activations until then
+
+  RNNFAST_INLINE void prefetch(Index b, Index unit) const { prefetch_vector(h + b * H + unit); }
+
+  RNNFAST_INLINE void operator()(Index b, Index unit, Index lanes, const Real* sums) const {
+    using V = Vec<Real>;
+    Real* row = h + b * H + unit;
+    Nonlinearity::forward(V::load(row, lanes) + V::load(sums) + V::load(bias + unit, lanes))
+        .store(row, lanes);
+  }
+};
+
+// The layer as its recurrence sees it: where pre-activations are (the projection puts them there), and the
+// cells of a step.
 template <class Real>
 struct LstmForward {
   static constexpr Index gates = 4;
@@ -56,47 +113,15 @@ struct LstmForward {
   const Real* bias;
   Real* chunk_gates;  // (chunk, B, 4, H) where the layer does not keep its gates
 
-  // Where the projection puts the pre-activations, and the recurrence finds them.
-  Real* preactivations(Step at, Index b) const {
-    const Index B = layer.shape.B;
-    const Index row = layer.gates ? at.t * B + b : at.in_chunk * B + b;
-    return (layer.gates ? layer.gates : chunk_gates) + row * 4 * layer.shape.H;
+  Real* preactivations(Step at) const {
+    const Index step = 4 * layer.shape.B * layer.shape.H;
+    return layer.gates ? layer.gates + at.t * step : chunk_gates + at.in_chunk * step;
   }
-
-  // Asks for what a vector of hidden units of row b will read, and write.
-  RNNFAST_INLINE void prefetch(Step at, Index b, Index unit) const {
-    const Index H = layer.shape.H;
-    const Real* row = preactivations(at, b) + unit;
-    for (Index gate = 0; gate < gates; ++gate) prefetch_vector<1>(row + gate * H);
-    if (layer.c) prefetch_vector<1>(layer.c + (at.t * layer.shape.B + b) * H + unit);
-    prefetch_vector<1>(layer.y + (at.t * layer.shape.B + b) * H + unit);
-  }
-
-  // Finishes one vector of hidden units of row b; sums[gate] is h[t-1] W_hh^T.
-  RNNFAST_INLINE void operator()(Step at, Index b, Index unit, Index lanes, const Real* sums) const {
-    using V = Vec<Real>;
-    const Index H = layer.shape.H, B = layer.shape.B;
-    Real* row = preactivations(at, b) + unit;
-    const auto preactivation = [&](Index gate) {
-      return V::load(row + gate * H, lanes) + V::load(sums + gate * V::width) +
-             V::load(bias + gate * H + unit, lanes);
-    };
-    LstmGates<V> gate{preactivation(0), preactivation(1), preactivation(2), preactivation(3)};
-    const Real* c_prev = at.p == 0 ? layer.c0 + b * H
-                         : layer.c ? layer.c + (at.t_prev * B + b) * H
-                                   : layer.c_n + b * H;
-    V c, h;
-    lstm_forward(gate, V::load(c_prev + unit, lanes), c, h);
-    if (layer.gates) {
-      gate.i.store(row, lanes);
-      gate.f.store(row + H, lanes);
-      gate.g.store(row + 2 * H, lanes);
-      gate.o.store(row + 3 * H, lanes);
-    }
-    if (layer.c) c.store(layer.c + (at.t * B + b) * H + unit, lanes);
-    if (!layer.c || at.p == layer.shape.T - 1) c.store(layer.c_n + b * H + unit, lanes);
-    h.store(layer.y + (at.t * B + b) * H + unit, lanes);
-    if (at.p == layer.shape.T - 1) h.store(layer.h_n + b * H + unit, lanes);
+  LstmCells<Real> cells(Step at) const {
+    const Index step = layer.shape.B * layer.shape.H;
+    const Real* c_prev = at.p == 0 ? layer.c0 : layer.c ? layer.c + at.t_prev * step : layer.c_n;
+    Real* c = layer.c ? layer.c + at.t * step : layer.c_n;
+    return {layer.shape.H, bias, preactivations(at), layer.gates != nullptr, c_prev, c, layer.y + at.t * step};
   }
 };
 
@@ -106,31 +131,17 @@ struct RnnForward {
   const LayerForward<Real>& layer;
   const Real* bias;
 
-  // h takes the place of its pre-activation in y.
-  Real* preactivations(Step at, Index b) const {
-    return layer.y + (at.t * layer.shape.B + b) * layer.shape.H;
-  }
-
-  RNNFAST_INLINE void prefetch(Step at, Index b, Index unit) const {
-    prefetch_vector<1>(preactivations(at, b) + unit);
-  }
-
-  RNNFAST_INLINE void operator()(Step at, Index b, Index unit, Index lanes, const Real* sums) const {
-    using V = Vec<Real>;
-    Real* row = preactivations(at, b) + unit;
-    const V h = Nonlinearity::forward(V::load(row, lanes) + V::load(sums) +
-                                      V::load(bias + unit, lanes));
-    h.store(row, lanes);
-    if (at.p == layer.shape.T - 1) h.store(layer.h_n + b * layer.shape.H + unit, lanes);
-  }
+  Real* preactivations(Step at) const { return layer.y + at.t * layer.shape.B * layer.shape.H; }
+  RnnCells<Real, Nonlinearity> cells(Step at) const { return {layer.shape.H, bias, preactivations(at)}; }
 };
 
 // One thread's part of the whole layer; Right is how the weights are laid out.
-template <class Real, class CellStep, class Right>
+template <class Real, class CellLayer, class Right>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
-                  const CellStep& cell, const Right& w_ih,
-                  const Right& w_hh, Index chunk, Real* buffer) {
+                  const CellLayer& cell_layer, const Right& w_ih, const Right& w_hh, Index chunk,
+                  Real* buffer) {
   constexpr Index width = Vec<Real>::width;
+  constexpr Index gates = CellLayer::gates;
   const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
   const Columns<Real>& columns = w_hh.columns;
   const Part part = part_of(team, plan, B, columns.unit_vectors());
@@ -146,12 +157,14 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
       return layer.x + (step(begin + m / rows).t * B + part.rows.begin + m % rows) * I;
     };
     const auto preactivations = [&](Index m) {
-      return cell.preactivations(step(begin + m / rows), part.rows.begin + m % rows);
+      return cell_layer.preactivations(step(begin + m / rows)) +
+             (part.rows.begin + m % rows) * gates * H;
     };
     multiply_rows<Real>(rows * (end - begin), input, w_ih, part.unit_vectors, preactivations);
 
     for (Index p = begin; p < end; ++p) {
       const Step at = step(p);
+      const auto cells = cell_layer.cells(at);
       const Real* previous = p == 0 ? layer.h0 : layer.y + at.t_prev * B * H;
       for (Index block = 0; block < blocks; ++block) {
         const Range own = share(rows, block, blocks);
@@ -164,24 +177,39 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
         }
         for_each_piece(columns, part.unit_vectors, [&](Piece piece) {
           const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
-            for (Index r = 0; r < own.size(); ++r)
-              for (Index v = 0; v < piece.vectors; v += CellStep::gates)
-                visit(r, v, columns.unit_vector(piece.panel, piece.first + v) * width);
+            for (Index v = 0; v < piece.vectors; v += gates) {
+              const Index unit = columns.unit_vector(piece.panel, piece.first + v) * width;
+              for (Index r = 0; r < own.size(); ++r) visit(r, v, unit);
+            }
           };
-          for_each_cell([&](Index r, Index, Index unit) RNNFAST_LAMBDA { cell.prefetch(at, first + r, unit); });
+          for_each_cell([&](Index r, Index, Index unit)
+                            RNNFAST_LAMBDA { cells.prefetch(first + r, unit); });
           w_hh.multiply(own.size(), piece, a, {sums, width, false});
           for_each_cell([&](Index r, Index v, Index unit) RNNFAST_LAMBDA {
-            cell(at, first + r, unit, std::min(width, H - unit), sums[r] + v * width);
+            const Real* sum = sums[r] + v * width;
+            if (H - unit >= width)
+              cells(first + r, unit, width, sum);
+            else
+              cells(first + r, unit, H - unit, sum);
           });
         });
       }
       if (plan.split == Split::units && p + 1 < T) team.barrier();
     }
   }
+  // The last step's states, as far as this thread made them.
+  const Index last = layer.shape.reverse ? 0 : T - 1;
+  const Index unit = part.unit_vectors.begin * width;
+  const Index units = std::min(part.unit_vectors.end * width, H) - unit;
+  for (Index b = part.rows.begin; b < part.rows.end; ++b) {
+    const Index from = (last * B + b) * H + unit, to = b * H + unit;
+    std::copy_n(layer.y + from, units, layer.h_n + to);
+    if (layer.c) std::copy_n(layer.c + from, units, layer.c_n + to);
+  }
 }
 
-template <class Real, class MakeCell>
-void run_forward(const LayerForward<Real>& layer, Index gates, MakeCell&& make_cell) {
+template <class Real, class MakeCells>
+void run_forward(const LayerForward<Real>& layer, Index gates, MakeCells&& make_cells) {
   const LayerShape& shape = layer.shape;
   const Columns<Real> columns{shape.H, gates};
   const bool pack = shape.T * shape.B >= packing_pays;
@@ -207,7 +235,7 @@ void run_forward(const LayerForward<Real>& layer, Index gates, MakeCell&& make_c
 
   auto body = [&](Team& team) {
     const auto part = [&](const auto& w_ih, const auto& w_hh) {
-      forward_part(team, plan, layer, make_cell(bias, chunk_gates), w_ih, w_hh, chunk,
+      forward_part(team, plan, layer, make_cells(bias, chunk_gates), w_ih, w_hh, chunk,
                    buffers + team.rank * buffer_count);
     };
     if (!pack) {

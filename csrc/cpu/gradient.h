@@ -1,6 +1,6 @@
 // Weight gradients: products that sum over all time steps and batch rows.
 //
-//   dw[m][n] = sum over k of da[k][m] * in[k][n]
+//   dw[m][n] = sum over k of da[k][m] * in[k][n],   in = x for W_ih, h of the step before for W_hh
 //
 // Bound by the FMA units. Both sides are stored one row per k, which is the order the tile wants; a block of
 // each is copied to where its rows lie densely, so that neither pages nor cache sets run out. Everything is
@@ -11,7 +11,7 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// What is in use at a time, and fits the L2 cache: `terms` of k by `panels` of `in` and `rows` of m.
+// What is in use at a time, and fits the L2 cache: `terms` of k by `panels` of the inputs and `rows` of m.
 template <class Real>
 struct GradientBlocks {
   static constexpr Index terms = 2048 / sizeof(Real);
@@ -43,6 +43,26 @@ void add_tile(int rows, int vectors, Index lanes, Index terms, Left<Real> a, Pan
   }
 }
 
+// dw[m][columns of panel p] += sum over `terms` of left[k][m] * panel[k], for `rows` of m.
+template <class Real>
+void add_panel(Index rows, Index terms, const Real* left, Panel<Real> panel, const Columns<Real>& columns, Index p,
+               Real* dw, bool accumulate) {
+  const Index n = p * panel_width<Real>;
+  const int vectors = int(std::min<Index>(tile_vectors, columns.unit_vectors() - p * tile_vectors));
+  const Index groups = ceil_div(rows, tile_rows);
+  for (Index group = 0; group < groups; ++group) {
+    const Range own = share(rows, group, groups);
+    const Real* a[tile_rows];
+    Real* c[tile_rows];
+    for (Index r = own.begin; r < own.end; ++r) {
+      a[r - own.begin] = left + r;
+      c[r - own.begin] = dw + r * columns.count() + n;
+    }
+    add_tile<Real>(int(own.size()), vectors, columns.lanes(p, vectors - 1), terms,
+                   {a, GradientBlocks<Real>::rows}, panel, c, accumulate);
+  }
+}
+
 // db[m] += sum over k of da[k][m], for `rows` of m that stand `stride` apart from k to k.
 template <class Real>
 void add_rows(Index rows, Index terms, const Real* da, Index stride, Real* db, bool accumulate) {
@@ -54,21 +74,46 @@ void add_rows(Index rows, Index terms, const Real* da, Index stride, Real* db, b
   }
 }
 
-// dw[m][0..n_count) for m in `part`, from rows da_of(k) and in_of(k); with db also db[m] = sum of da_of(k)[m].
-template <class Real, class DaOf, class InOf>
-void weight_gradient(Range part, Index n_count, Index k_count, DaOf&& da_of, InOf&& in_of, Real* dw, Real* db,
-                     Real* scratch) {
+// What the weights were multiplied with: row_of(k) is a row of `count` elements. Not wanted: count 0.
+template <class Real, class RowOf>
+struct GradientInput {
+  Index count;
+  RowOf row_of;
+  Real* dw;  // (m, count)
+
+  Columns<Real> columns() const { return {count, 1}; }
+  Index panels() const { return columns().panels(); }
+};
+
+// dw[m][n] of two inputs for m in `part`, from rows da_of(k); with db also db[m] = sum over k of da_of(k)[m].
+// The panels of the second input follow those of the first, so each block of da is copied once for both.
+template <class Real, class DaOf, class FirstOf, class SecondOf>
+void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInput<Real, FirstOf>& first,
+                      const GradientInput<Real, SecondOf>& second, Real* db, Real* scratch) {
   using V = Vec<Real>;
   using Blocks = GradientBlocks<Real>;
-  const Columns<Real> columns{n_count, 1};
   Real* const right = scratch;
   Real* const left = scratch + Blocks::right_count;
-  for (Index panel = 0; panel < columns.panels(); panel += Blocks::panels) {
-    const Range panels{panel, std::min(panel + Blocks::panels, columns.panels())};
+  const Index all_panels = first.panels() + second.panels();
+  for (Index panel = 0; panel < all_panels; panel += Blocks::panels) {
+    const Range panels{panel, std::min(panel + Blocks::panels, all_panels)};
     Index from = 0;
     do {  // at least once: an empty sum is still written
       const Index terms = std::min(Blocks::terms, k_count - from);
-      pack_rows(columns, panels, terms, [&](Index k) { return in_of(from + k); }, right);
+      const bool accumulate = from > 0;
+      const Index panel_size = terms * panel_width<Real>;
+      // Calls body(input, its panels, where they are packed) for the inputs that have panels in this group.
+      const auto for_each_input = [&](auto&& body) {
+        const Index split = std::clamp(first.panels(), panels.begin, panels.end);
+        if (panels.begin < split) body(first, Range{panels.begin, split}, right);
+        if (split < panels.end)
+          body(second, Range{split - first.panels(), panels.end - first.panels()},
+               right + (split - panels.begin) * panel_size);
+      };
+      for_each_input([&](const auto& input, Range own, Real* packed) {
+        pack_rows(
+            input.columns(), own, terms, [&](Index k) { return input.row_of(from + k); }, packed);
+      });
       for (Index m = part.begin; m < part.end; m += Blocks::rows) {
         const Index rows = std::min(Blocks::rows, part.end - m);
         for (Index k = 0; k < terms; ++k) {
@@ -76,24 +121,12 @@ void weight_gradient(Range part, Index n_count, Index k_count, DaOf&& da_of, InO
           for (Index r = 0; r < rows; r += V::width)
             V::load(da + r, rows - r).store(left + k * Blocks::rows + r, rows - r);
         }
-        if (db && panel == 0) add_rows(rows, terms, left, Blocks::rows, db + m, from > 0);
-        const Index groups = ceil_div(rows, tile_rows);
-        for (Index p = panels.begin; p < panels.end; ++p) {
-          const Index n = p * panel_width<Real>;
-          const int vectors = int(std::min<Index>(tile_vectors, ceil_div(n_count - n, V::width)));
-          const Index lanes = columns.lanes(p, vectors - 1);
-          const Panel<Real> in{right + (p - panels.begin) * terms * panel_width<Real>, panel_width<Real>};
-          for (Index group = 0; group < groups; ++group) {
-            const Range own = share(rows, group, groups);
-            const Real* a[tile_rows];
-            Real* c[tile_rows];
-            for (Index r = own.begin; r < own.end; ++r) {
-              a[r - own.begin] = left + r;
-              c[r - own.begin] = dw + (m + r) * n_count + n;
-            }
-            add_tile<Real>(int(own.size()), vectors, lanes, terms, {a, Blocks::rows}, in, c, from > 0);
-          }
-        }
+        if (db && panel == 0) add_rows(rows, terms, left, Blocks::rows, db + m, accumulate);
+        for_each_input([&](const auto& input, Range own, const Real* packed) {
+          for (Index p = own.begin; p < own.end; ++p, packed += panel_size)
+            add_panel(rows, terms, left, {packed, panel_width<Real>}, input.columns(), p,
+                      input.dw + m * input.count, accumulate);
+        });
       }
       from += terms;
     } while (from < k_count);

@@ -197,7 +197,7 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
         a[r] = find_row(s, first + r, at[r]);
         sums[r] = buffer + r * panel_width<Real>;
       }
-      for_each_piece(columns, part.unit_vectors, [&](Piece piece) {
+      for_each_piece(columns, part.unit_vectors, s % 2 == 1, [&](Piece piece) {
         const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
           for (Index r = 0; r < rows.size(); ++r)
             for (Index v = 0; v < piece.vectors; ++v)

@@ -175,7 +175,7 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
           a[r] = previous + (first + r) * H;
           sums[r] = buffer + r * panel_width<Real>;
         }
-        for_each_piece(columns, part.unit_vectors, [&](Piece piece) {
+        for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](Piece piece) {
           const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
             for (Index v = 0; v < piece.vectors; v += gates) {
               const Index unit = columns.unit_vector(piece.panel, piece.first + v) * width;

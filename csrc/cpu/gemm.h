@@ -50,7 +50,7 @@ void multiply_rows(Index count, RowIn&& a, const Right& right, Range part, RowOu
       in[m - rows.begin] = a(m);
       out[m - rows.begin] = c(m);
     }
-    for_each_piece(right.columns, part, [&](Piece piece) {
+    for_each_piece(right.columns, part, false, [&](Piece piece) {
       multiply_piece<Real>(rows.size(), in, right, piece, out, false);
     });
   }

@@ -52,18 +52,19 @@ struct Piece {
   Index panel, first, vectors;
 };
 
-// Calls body(piece) for the pieces that make up unit vectors [part.begin, part.end).
+// Calls body(piece) for the pieces that make up unit vectors [part.begin, part.end). Recurrences go backwards
+// every other step: what the L2 cache still holds of weights larger than it is what was used last.
 template <class Real, class Body>
-RNNFAST_INLINE void for_each_piece(const Columns<Real>& columns, Range part, Body&& body) {
-  if (columns.gates == 4) {
-    for (Index u = part.begin; u < part.end; ++u) body(Piece{u, 0, tile_vectors});
-    return;
-  }
-  for (Index u = part.begin; u < part.end;) {
-    const Index first = u % tile_vectors;
-    const Index vectors = std::min<Index>(tile_vectors - first, part.end - u);
-    body(Piece{u / tile_vectors, first, vectors});
-    u += vectors;
+RNNFAST_INLINE void for_each_piece(const Columns<Real>& columns, Range part, bool backwards, Body&& body) {
+  const Index most = columns.gates == 4 ? 1 : tile_vectors;  // unit vectors in a panel
+  const Index panels = part.size() > 0 ? (part.end - 1) / most - part.begin / most + 1 : 0;
+  for (Index n = 0; n < panels; ++n) {
+    const Index panel = part.begin / most + (backwards ? panels - 1 - n : n);
+    const Index begin = std::max(part.begin, panel * most), end = std::min(part.end, (panel + 1) * most);
+    if (columns.gates == 4)
+      body(Piece{panel, 0, tile_vectors});
+    else
+      body(Piece{panel, begin - panel * most, end - begin});
   }
 }
 

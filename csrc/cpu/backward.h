@@ -1,5 +1,4 @@
-// A layer backward: the recurrence over time in reverse, then dx and the weight gradients as large
-// products over all steps.
+// A layer backward: the recurrence over time in reverse, and dx and the weight gradients as large products.
 //
 // The recurrence carries dh = da[t+1] W_hh from step to step, and works on windows, not on batch rows: row
 // r = (j, b) is batch row b within window j of the truncation, and one kernel step takes every window one
@@ -7,6 +6,9 @@
 // large over k steps. Where windows overlap (k2 > k1) each carries its own da, and a step's da is their
 // sum: one kernel step takes no two windows to the same t, so adding needs no lock, and a barrier
 // after it fixes the order.
+//
+// A single window goes by in chunks of steps, recurrence and products in turn: da, the largest array of all,
+// is then used while it is in cache, and never stored for the whole sequence.
 #pragma once
 
 #include <vector>
@@ -124,18 +126,28 @@ struct RnnBackward {
   }
 };
 
+// da of some steps: of all, or of the chunk in work and the one before it.
+template <class Real>
+struct StepRing {
+  Real* rows;
+  Index steps, step_size;
+
+  Real* at(Index p) const { return rows + p % steps * step_size; }
+};
+
 // Memory of one backward call, shared by the team.
 template <class Real>
 struct BackwardScratch {
+  StepRing<Real> da;  // (steps, B, G*H)
   Real* zeros;      // (G*H): the da of a step outside of its window
   Real* dh_start;   // (windows that reach the start, B, H): their gradient of h0
   Real* dc_start;   // likewise of c0
 };
 
-// The recurrence of one thread's part.
+// The recurrence of one thread's part, over kernel steps [steps.begin, steps.end), the last one first.
 template <class Real, class CellLayer, class Right>
 void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
-                const Truncation& truncation, const CellLayer& cells, const Right& w_hh,
+                const Truncation& truncation, const CellLayer& cells, const Right& w_hh, Range steps,
                 const BackwardScratch<Real>& scratch, Real* buffer) {
   using Row = WindowRow<Real>;
   constexpr Index width = Vec<Real>::width;
@@ -149,9 +161,7 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
   const auto is_inside = [&](Index s, Index j, Index p) {
     return s >= 0 && s < layer.k2 && p >= 0 && p < truncation.block_end(j);
   };
-  const auto da_of_step = [&](Index p, Index b) {
-    return layer.da + (truncation.time(p) * B + b) * GH;
-  };
+  const auto da_of_step = [&](Index p, Index b) { return scratch.da.at(p) + b * GH; };
   const auto da_row = [&](Index s, Index row, Index p, Index b) {
     return overlapping ? layer.da_windows + (s % 2 * window_rows + row) * GH : da_of_step(p, b);
   };
@@ -180,13 +190,12 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
 
   if (overlapping) {
     const Range all = team.share(layer.shape.T * B * GH);
-    std::fill(layer.da + all.begin, layer.da + all.end, Real(0));
+    std::fill(scratch.da.rows + all.begin, scratch.da.rows + all.end, Real(0));
     team.barrier();
   }
 
   const Index blocks = ceil_div(part.rows.size(), row_block);
-  // One step further than the windows have: the last product is the gradient of the initial state.
-  for (Index s = layer.k2 - 1; s >= -1; --s) {
+  for (Index s = steps.end - 1; s >= steps.begin; --s) {
     for (Index block = 0; block < blocks; ++block) {
       const Range rows = share(part.rows.size(), block, blocks);
       const Index first = part.rows.begin + rows.begin;
@@ -222,7 +231,7 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
         });
       });
     }
-    if (meets && s >= 0) team.barrier();
+    if (meets && s > steps.begin) team.barrier();
   }
 }
 
@@ -237,13 +246,15 @@ void add_starts(Team& team, Index windows, Index count, const Real* starts, Real
   }
 }
 
-// dx, dw_ih, dw_hh and db of this thread's part, once all of da is there.
+// This thread's part of dx of the steps p in `steps`, and of what they add to dw_ih, dw_hh and db.
 template <class Real, class Right>
-void products(Team& team, const LayerBackward<Real>& layer, Index GH, const Right& w_ih,
-              Real* blocks) {
-  const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
-  const Index rows = T * B;
-  const auto da_of = [&](Index row) -> const Real* { return layer.da + row * GH; };
+void products(Team& team, const LayerBackward<Real>& layer, const Truncation& truncation, Range steps,
+              const StepRing<Real>& da, const Right& w_ih, Real* blocks) {
+  const Index B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
+  const Index GH = gate_count(layer.shape.cell) * H, rows = steps.size() * B;
+  // Row k is batch row k % B of step steps.begin + k / B.
+  const auto da_of = [&](Index k) -> const Real* { return da.at(steps.begin + k / B) + k % B * GH; };
+  const auto input_row = [&](Index k) { return truncation.time(steps.begin + k / B) * B + k % B; };
   if (layer.dx) {
     const Columns<Real>& columns = w_ih.columns;
     // Threads share the longer side.
@@ -253,19 +264,20 @@ void products(Team& team, const LayerBackward<Real>& layer, Index GH, const Righ
         by_rows ? Range{0, columns.unit_vectors()} : team.share(columns.unit_vectors());
     multiply_rows<Real>(
         own.size(), [&](Index m) { return da_of(own.begin + m); }, w_ih, vectors,
-        [&](Index m) { return layer.dx + (own.begin + m) * I; });
+        [&](Index m) { return layer.dx + input_row(own.begin + m) * I; });
   }
   if (!layer.dw_ih && !layer.dw_hh) return;
-  const auto x_of = [&](Index row) { return layer.x + row * I; };
-  const auto h_prev_of = [&](Index row) -> const Real* {
-    const Index t = row / B, b = row % B;
-    if (layer.shape.reverse) return t == T - 1 ? layer.h0 + b * H : layer.y + (row + B) * H;
-    return t == 0 ? layer.h0 + b * H : layer.y + (row - B) * H;
+  const auto x_of = [&](Index k) { return layer.x + input_row(k) * I; };
+  const auto h_prev_of = [&](Index k) -> const Real* {
+    const Index p = steps.begin + k / B, b = k % B;
+    return p == 0 ? layer.h0 + b * H : layer.y + (truncation.time(p - 1) * B + b) * H;
   };
-  weight_gradients<Real>(team.share(GH), rows, da_of,
-                         GradientInput<Real, decltype(x_of)>{layer.dw_ih ? I : 0, x_of, layer.dw_ih},
-                         GradientInput<Real, decltype(h_prev_of)>{layer.dw_hh ? H : 0, h_prev_of, layer.dw_hh},
-                         layer.db, blocks);
+  const bool accumulate = steps.end < layer.shape.T;
+  weight_gradients<Real>(
+      team.share(GH), rows, da_of,
+      GradientInput<Real, decltype(x_of)>{layer.dw_ih ? I : 0, x_of, layer.dw_ih},
+      GradientInput<Real, decltype(h_prev_of)>{layer.dw_hh ? H : 0, h_prev_of, layer.dw_hh}, layer.db,
+      accumulate, blocks);
 }
 
 // Packs this thread's share of the panels of a matrix stored one row per k.
@@ -275,6 +287,15 @@ void pack_share(Team& team, const Columns<Real>& columns, Index k_count, const R
   pack_rows(
       columns, panels, k_count, [&](Index k) { return from + k * columns.units; },
       to + panels.begin * k_count * panel_width<Real>);
+}
+
+// Steps to a chunk: whole blocks of the gradients' terms, two of them where their da stays in cache.
+template <class Real>
+Index chunk_steps(Index T, Index B, Index GH) {
+  constexpr Index terms = GradientBlocks<Real>::terms, cache_bytes = Index(8) << 20;
+  const Index most = 2 * terms * GH * Index(sizeof(Real)) <= cache_bytes ? 2 * terms : terms;
+  const Index chunks = std::clamp<Index>(ceil_div(T * B, most), 1, T);
+  return ceil_div(T, chunks);
 }
 
 template <class Real, class MakeCells>
@@ -294,11 +315,16 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCells&& mak
   const Index ih_count = layer.dx ? (pack ? input.panels() : 1) * GH * panel_width<Real> : 0;
   const Index hh_count = (pack ? hidden.panels() : 1) * GH * panel_width<Real>;
   const Index carry_count = gates == 4 ? window_rows * H : 0;
+  const bool whole = layer.k1 < T;  // several windows take each step all over the sequence
+  const Index chunk = whole ? T : chunk_steps<Real>(T, B, GH);
+  const Index ring = whole ? T : std::min(2 * chunk, T);
+  const Index da_count = whole ? 0 : ring * B * GH;
   const Index buffer_count =
       std::max<Index>(row_block * panel_width<Real>, GradientBlocks<Real>::count);
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
   Workspace& workspace = Workspace::with_room(
       bytes(ih_count) + bytes(hh_count) + bytes(GH) + 2 * bytes(starts * H) + bytes(carry_count) +
+      bytes(da_count) +
       bytes(buffer_count * plan.threads));
   Real* packed_ih = workspace.take<Real>(ih_count);
   Real* packed_hh = workspace.take<Real>(hh_count);
@@ -307,17 +333,26 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCells&& mak
   scratch.dh_start = workspace.take<Real>(starts * H);
   scratch.dc_start = workspace.take<Real>(starts * H);
   Real* dc_carry = workspace.take<Real>(carry_count);
+  scratch.da = {whole ? layer.da : workspace.take<Real>(da_count), ring, B * GH};
   Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
   std::fill(scratch.zeros, scratch.zeros + GH, Real(0));
 
   const auto run = [&](Team& team, const auto& w_ih, const auto& w_hh) {
     Real* buffer = buffers + team.rank * buffer_count;
-    recur_back(team, plan, layer, truncation, make_cells(dc_carry), w_hh, scratch, buffer);
-    team.barrier();
+    const auto cells = make_cells(dc_carry);
+    for (Index end = T; end > 0;) {
+      const Index begin = std::max<Index>(end - chunk, 0);
+      // At the start one step further: the last product is the gradient of the initial state.
+      const Range steps{begin == 0 ? -1 : begin, whole ? layer.k2 : end};
+      recur_back(team, plan, layer, truncation, cells, w_hh, steps, scratch, buffer);
+      // Everybody's da is there; and nobody reads the chunk before, whose place the next one takes.
+      team.barrier();
+      products(team, layer, truncation, {begin, end}, scratch.da, w_ih, buffer);
+      end = begin;
+    }
     add_starts(team, truncation.windows_to_start(), B * H, scratch.dh_start, layer.dh0);
     if (layer.dc0)
       add_starts(team, truncation.windows_to_start(), B * H, scratch.dc_start, layer.dc0);
-    products(team, layer, GH, w_ih, buffer);
   };
   auto body = [&](Team& team) {
     if (pack) {

@@ -86,10 +86,12 @@ struct GradientInput {
 };
 
 // dw[m][n] of two inputs for m in `part`, from rows da_of(k); with db also db[m] = sum over k of da_of(k)[m].
+// Sums are added to what dw and db hold where `accumulate` is set.
 // The panels of the second input follow those of the first, so each block of da is copied once for both.
 template <class Real, class DaOf, class FirstOf, class SecondOf>
 void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInput<Real, FirstOf>& first,
-                      const GradientInput<Real, SecondOf>& second, Real* db, Real* scratch) {
+                      const GradientInput<Real, SecondOf>& second, Real* db, bool accumulate,
+                      Real* scratch) {
   using V = Vec<Real>;
   using Blocks = GradientBlocks<Real>;
   Real* const right = scratch;
@@ -97,10 +99,11 @@ void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInp
   const Index all_panels = first.panels() + second.panels();
   for (Index panel = 0; panel < all_panels; panel += Blocks::panels) {
     const Range panels{panel, std::min(panel + Blocks::panels, all_panels)};
-    Index from = 0;
-    do {  // at least once: an empty sum is still written
-      const Index terms = std::min(Blocks::terms, k_count - from);
-      const bool accumulate = from > 0;
+    const Index blocks = std::max<Index>(ceil_div(k_count, Blocks::terms), 1);  // an empty sum is written too
+    for (Index block = 0; block < blocks; ++block) {
+      const Range k_range = share(k_count, block, blocks);
+      const Index from = k_range.begin, terms = k_range.size();
+      const bool adds = accumulate || block > 0;
       const Index panel_size = terms * panel_width<Real>;
       // Calls body(input, its panels, where they are packed) for the inputs that have panels in this group.
       const auto for_each_input = [&](auto&& body) {
@@ -121,15 +124,14 @@ void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInp
           for (Index r = 0; r < rows; r += V::width)
             V::load(da + r, rows - r).store(left + k * Blocks::rows + r, rows - r);
         }
-        if (db && panel == 0) add_rows(rows, terms, left, Blocks::rows, db + m, accumulate);
+        if (db && panel == 0) add_rows(rows, terms, left, Blocks::rows, db + m, adds);
         for_each_input([&](const auto& input, Range own, const Real* packed) {
           for (Index p = own.begin; p < own.end; ++p, packed += panel_size)
             add_panel(rows, terms, left, {packed, panel_width<Real>}, input.columns(), p,
-                      input.dw + m * input.count, accumulate);
+                      input.dw + m * input.count, adds);
         });
       }
-      from += terms;
-    } while (from < k_count);
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "check.h"
 #include "cpu/kernels.h"
@@ -35,28 +36,39 @@ void require(Status status) {
   if (status != Status::ok) throw std::invalid_argument(message(status));
 }
 
+Cell cell_named(std::string_view name) {
+  return name == "lstm"   ? Cell::lstm
+         : name == "tanh" ? Cell::rnn_tanh
+         : name == "relu" ? Cell::rnn_relu
+                          : throw std::invalid_argument("unknown cell " + std::string(name));
+}
+
+// Plain numbers, not an object that holds them: making one costs as much as the whole call of a small layer.
 template <class Real>
-void layer_forward(LayerShape shape, Address x, Address w_ih, Address w_hh, Address b_ih, Address b_hh,
-                   Address h0, Address c0, Address y, Address h_n, Address c_n, Address c,
-                   Address gates) {
+void layer_forward(std::string_view cell, Index T, Index B, Index I, Index H, bool reverse, int threads,
+                   Address x, Address w_ih, Address w_hh, Address b_ih, Address b_hh, Address h0,
+                   Address c0, Address y, Address h_n, Address c_n, Address c, Address gates) {
   const LayerForward<Real> layer{
-      shape,        at<Real>(x),   at<Real>(w_ih), at<Real>(w_hh), at<Real>(b_ih), at<Real>(b_hh), at<Real>(h0),
-      at<Real>(c0), at<Real>(y),   at<Real>(h_n),  at<Real>(c_n),  at<Real>(c),    at<Real>(gates)};
+      {cell_named(cell), T, B, I, H, reverse, threads},
+      at<Real>(x),  at<Real>(w_ih), at<Real>(w_hh), at<Real>(b_ih), at<Real>(b_hh), at<Real>(h0),
+      at<Real>(c0), at<Real>(y),    at<Real>(h_n),  at<Real>(c_n),  at<Real>(c),    at<Real>(gates)};
   require(check(layer));
   cpu::kernels().of<Real>().forward(layer);
 }
 
 template <class Real>
-void layer_backward(LayerShape shape, Index k1, Index k2, Address dy, Address dh_n, Address dc_n,
-                    Address dc, Address x, Address w_ih, Address w_hh, Address h0, Address c0,
-                    Address y, Address c, Address gates, Address dx, Address dw_ih, Address dw_hh,
-                    Address db, Address dh0, Address dc0, Address da, Address da_windows) {
+void layer_backward(std::string_view cell, Index T, Index B, Index I, Index H, bool reverse, int threads,
+                    Index k1, Index k2, Address dy, Address dh_n, Address dc_n, Address dc, Address x,
+                    Address w_ih, Address w_hh, Address h0, Address c0, Address y, Address c,
+                    Address gates, Address dx, Address dw_ih, Address dw_hh, Address db, Address dh0,
+                    Address dc0, Address da, Address da_windows) {
   const LayerBackward<Real> layer{
-      shape,           k1,              k2,           at<Real>(dy),    at<Real>(dh_n),
-      at<Real>(dc_n),  at<Real>(dc),    at<Real>(x),  at<Real>(w_ih),  at<Real>(w_hh),
-      at<Real>(h0),    at<Real>(c0),    at<Real>(y),  at<Real>(c),     at<Real>(gates),
-      at<Real>(dx),    at<Real>(dw_ih), at<Real>(dw_hh), at<Real>(db), at<Real>(dh0),
-      at<Real>(dc0),   at<Real>(da),    at<Real>(da_windows)};
+      {cell_named(cell), T, B, I, H, reverse, threads},
+      k1,              k2,              at<Real>(dy),    at<Real>(dh_n),  at<Real>(dc_n),
+      at<Real>(dc),    at<Real>(x),     at<Real>(w_ih),  at<Real>(w_hh),  at<Real>(h0),
+      at<Real>(c0),    at<Real>(y),     at<Real>(c),     at<Real>(gates), at<Real>(dx),
+      at<Real>(dw_ih), at<Real>(dw_hh), at<Real>(db),    at<Real>(dh0),   at<Real>(dc0),
+      at<Real>(da),    at<Real>(da_windows)};
   require(check(layer));
   cpu::kernels().of<Real>().backward(layer);
 }
@@ -112,14 +124,6 @@ void bind_precision(py::module_& module, const std::string& suffix) {
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The native core of rnnfast; use rnnfast's Python modules instead.";
-  py::enum_<Cell>(module, "Cell")
-      .value("lstm", Cell::lstm)
-      .value("rnn_tanh", Cell::rnn_tanh)
-      .value("rnn_relu", Cell::rnn_relu);
-  py::class_<LayerShape>(module, "LayerShape")
-      .def(py::init([](Cell cell, Index T, Index B, Index I, Index H, bool reverse, int threads) {
-        return LayerShape{cell, T, B, I, H, reverse, threads};
-      }));
   bind_precision<float>(module, "float32");
   bind_precision<double>(module, "float64");
   module.def("read_bandwidth", &cpu::read_bandwidth, py::call_guard<py::gil_scoped_release>());

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import bptt, checks, ops, packed, projected, stack
+from . import bptt, checks, direct, packed, projected, stack
 from .bptt import Truncation
 from .checks import LayerWeights
 from .stack import Layer, State
@@ -60,6 +60,12 @@ def lstm(
     devices that don't fit, empty sequences, and devices without kernels. ValueError also for
     truncate = (k1, k2) with k2 > k1 in a stack that is bidirectional, where no window is defined.
     """
+    if num_layers == 1 and truncate is None and not (bidirectional or proj_size or return_cells):
+        short = direct.sequence("lstm", x, hx, weights, bias, batch_first)
+        if short is not None:
+            y, h_n, c_n, _ = short
+            return y, (h_n, c_n)
+
     directions = 2 if bidirectional else 1
     groups = checks.group_weights("LSTM", weights, 4, num_layers, directions, bias, proj_size)
     y, state, cells = _run(
@@ -98,13 +104,20 @@ def rnn(
     weight_ih (H, I), weight_hh (H, H) and, with `bias`, bias_ih and bias_hh (H,). nonlinearity:
     "tanh" or "relu", anything else is a ValueError. Returns (y, h_n). All else as for `lstm`.
     """
+    hx = hx if hx is None else (hx,)
+    known = nonlinearity in ("tanh", "relu")
+    if known and num_layers == 1 and truncate is None and not bidirectional:
+        short = direct.sequence(nonlinearity, x, hx, weights, bias, batch_first)
+        if short is not None:
+            return short[:2]
+
     directions = 2 if bidirectional else 1
     groups = checks.group_weights("RNN", weights, 1, num_layers, directions, bias)
     y, state, _ = _run(
         "RNN",
         _rnn_layer(nonlinearity, ValueError),
         x,
-        hx if hx is None else (hx,),
+        hx,
         groups,
         (groups[0][1].shape[1],),
         directions,
@@ -128,6 +141,9 @@ def lstm_cell(
 
     Weights, dtypes, devices and errors as for `lstm`; both biases or none.
     """
+    short = direct.step("lstm", x, hx, (w_ih, w_hh, b_ih, b_hh))
+    if short is not None:
+        return short[1:3]
     hx = hx if hx is None else checks.check_pair("LSTMCell", hx)
     return _step("LSTMCell", _lstm_layer, 4, x, hx, w_ih, w_hh, b_ih, b_hh)
 
@@ -148,13 +164,16 @@ def rnn_cell(
     """
     layer = _rnn_layer(nonlinearity, RuntimeError)
     hx = hx if hx is None else (hx,)
+    short = direct.step(nonlinearity, x, hx, (w_ih, w_hh, b_ih, b_hh))
+    if short is not None:
+        return short[1]
     return _step("RNNCell", layer, 1, x, hx, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def _lstm_layer(
     x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
 ) -> tuple[Tensor, State, Tensor]:
-    y, h, c, cells, _ = ops.lstm_layer(x, *state, *w, reverse, k1, k2, save)
+    y, h, c, cells = direct.lstm_layer(x, *state, *w, reverse, k1, k2, save)
     return y, (h, c), cells
 
 
@@ -168,14 +187,14 @@ def _projected_layer(
 def _tanh_layer(
     x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
 ) -> tuple[Tensor, State, None]:
-    y, h = ops.rnn_layer(x, *state, *w, "tanh", reverse, k1, k2)
+    y, h = direct.rnn_layer(x, *state, *w, "tanh", reverse, k1, k2)
     return y, (h,), None
 
 
 def _relu_layer(
     x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
 ) -> tuple[Tensor, State, None]:
-    y, h = ops.rnn_layer(x, *state, *w, "relu", reverse, k1, k2)
+    y, h = direct.rnn_layer(x, *state, *w, "relu", reverse, k1, k2)
     return y, (h,), None
 
 

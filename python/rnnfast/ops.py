@@ -1,9 +1,9 @@
 """The operators: one layer in one direction, forward and backward, registered with torch.
 
 Each operator has a schema, a fake kernel (shapes only, for ``torch.compile`` and meta tensors), a
-CPU kernel that allocates the outputs and calls the native core, and an autograd formula that is
-again an operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers, and nothing
-here copies unless an argument is not contiguous.
+CPU kernel that checks the sizes and hands on to `cpu`, and an autograd formula that is again an
+operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers. Eager calls on plain
+CPU tensors, which need none of this, take the short way of `direct`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._native import core, precision
+from . import cpu
+from ._native import precision
 
 __all__ = ["lstm_layer", "rnn_layer"]
 
@@ -37,15 +38,6 @@ _RNN_BACKWARD = (
     " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b)"
     " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
 )
-
-
-def _address(tensor: Tensor | None) -> int:
-    """Where a tensor's elements begin; 0 stands for an absent or empty one."""
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
@@ -79,7 +71,7 @@ def _check(gates, x, w_ih, w_hh, b_ih, b_hh, states) -> tuple[int, int, int, int
     return T, B, I, H
 
 
-def _window(T: int, k1: int, k2: int) -> tuple[int, int]:
+def window(T: int, k1: int, k2: int) -> tuple[int, int]:
     """Clips (k1, k2) to T steps without changing what they mean; (0, 0) is full BPTT."""
     if k1 == 0 and k2 == 0:
         return T, T
@@ -92,14 +84,9 @@ def _window(T: int, k1: int, k2: int) -> tuple[int, int]:
     return k1, min(k2, -(-T // k1) * k1)
 
 
-def _shape(cell, T: int, B: int, I: int, H: int, reverse: bool):
-    return core.LayerShape(cell, T, B, I, H, reverse, torch.get_num_threads())
-
-
-def _nonlinearity(name: str):
+def _check_nonlinearity(name: str) -> None:
     if name not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity is {name!r}, but should be 'tanh' or 'relu'")
-    return core.Cell.rnn_tanh if name == "tanh" else core.Cell.rnn_relu
 
 
 # Forward
@@ -107,33 +94,27 @@ def _nonlinearity(name: str):
 
 def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
     T, B, I, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
-    _window(T, k1, k2)
-    forward = getattr(core, f"layer_forward_{precision(x.dtype)}")
+    window(T, k1, k2)
+    precision(x.dtype)
     if T == 0:
         c, gates = ((0, B, H), (0, B, 4, H)) if save else ((0,), (0,))
         return x.new_empty(0, B, H), h0.clone(), c0.clone(), x.new_empty(c), x.new_empty(gates)
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh = map(_dense, (x, h0, c0, w_ih, w_hh, b_ih, b_hh))
-    y, h_n, c_n = x.new_empty(T, B, H), x.new_empty(B, H), x.new_empty(B, H)
-    c = x.new_empty((T, B, H) if save else (0,))
-    gates = x.new_empty((T, B, 4, H) if save else (0,))
-    inputs = (x, w_ih, w_hh, b_ih, b_hh, h0, c0)
-    outputs = (y, h_n, c_n, c, gates)
-    forward(_shape(core.Cell.lstm, T, B, I, H, reverse), *map(_address, inputs + outputs))
-    return outputs
+    y, h_n, c_n, *kept = cpu.forward(
+        *("lstm", (T, B, I, H), reverse, save, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    )
+    return y, h_n, c_n, *(kept if save else (x.new_empty(0), x.new_empty(0)))
 
 
 def _rnn_layer_cpu(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
     T, B, I, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
-    _window(T, k1, k2)
-    forward = getattr(core, f"layer_forward_{precision(x.dtype)}")
-    cell = _nonlinearity(nonlinearity)
+    window(T, k1, k2)
+    precision(x.dtype)
+    _check_nonlinearity(nonlinearity)
     if T == 0:
         return x.new_empty(0, B, H), h0.clone()
-    x, h0, w_ih, w_hh, b_ih, b_hh = map(_dense, (x, h0, w_ih, w_hh, b_ih, b_hh))
-    y, h_n = x.new_empty(T, B, H), x.new_empty(B, H)
-    addresses = map(_address, (x, w_ih, w_hh, b_ih, b_hh, h0, None, y, h_n, None, None, None))
-    forward(_shape(cell, T, B, I, H, reverse), *addresses)
-    return y, h_n
+    return cpu.forward(
+        *(nonlinearity, (T, B, I, H), reverse, False, x, h0, None, w_ih, w_hh, b_ih, b_hh)
+    )[:2]
 
 
 # Backward
@@ -141,20 +122,12 @@ def _rnn_layer_cpu(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2)
 
 def _gradients(x, h0, w_ih, w_hh, want_x, want_w_ih, want_w_hh, want_b):
     """dx, dw_ih, dw_hh, db: uninitialised where wanted, else without elements."""
-    rows = w_hh.shape[0]
     return (
         x.new_empty(x.shape if want_x else (0,)),
         x.new_empty(w_ih.shape if want_w_ih else (0,)),
-        x.new_empty(w_hh.shape if want_w_hh or want_b else (0,)),  # db comes with dw_hh
-        x.new_empty((rows,) if want_b else (0,)),
+        x.new_empty(w_hh.shape if want_w_hh else (0,)),
+        x.new_empty(w_hh.shape[:1] if want_b else (0,)),
     )
-
-
-def _scratch(x: Tensor, rows: int, k1: int, k2: int) -> tuple[Tensor, Tensor | None]:
-    """da and, where windows overlap, da of each window."""
-    T, B = x.shape[:2]
-    windows = x.new_empty(2, -(-T // k1) * B, rows) if k2 > k1 else None
-    return x.new_empty(T, B, rows), windows
 
 
 def _lstm_layer_backward_cpu(
@@ -166,40 +139,41 @@ def _lstm_layer_backward_cpu(
     for name, tensor in {"dy": dy, "dc": dc, "y": y, "c": c}.items():
         _expect(name, tensor, (T, B, H), x)
     _expect("gates", gates, (T, B, 4, H), x)
-    dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
+    precision(x.dtype)
     if T == 0:
+        dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
         dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
         dc0 = torch.zeros_like(c0) if dc_n is None else dc_n.clone()
         return dx, dh0, dc0, dw_ih.zero_(), dw_hh.zero_(), db.zero_()
-    k1, k2 = _window(T, k1, k2)
-    inputs = tuple(map(_dense, (dy, dh_n, dc_n, dc, x, w_ih, w_hh, h0, c0, y, c, gates)))
-    dh0, dc0 = x.new_empty(B, H), x.new_empty(B, H)
-    outputs = (dx, dw_ih, dw_hh, db, dh0, dc0)
-    scratch = _scratch(x, 4 * H, k1, k2)
-    backward = getattr(core, f"layer_backward_{precision(x.dtype)}")
-    shape = _shape(core.Cell.lstm, T, B, I, H, reverse)
-    backward(shape, k1, k2, *map(_address, inputs + outputs + scratch))
-    return dx, dh0, dc0, dw_ih, dw_hh, db
+    return _cpu_gradients(
+        *("lstm", (T, B, I, H), reverse, *window(T, k1, k2), (dy, dh_n, dc_n, dc)),
+        *((x, h0, c0, w_ih, w_hh, y, c, gates), wants),
+    )
 
 
 def _rnn_layer_backward_cpu(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants):
     T, B, I, H = _check(1, x, w_ih, w_hh, None, None, {"h0": h0, "dh_n": dh_n})
     for name, tensor in {"dy": dy, "y": y}.items():
         _expect(name, tensor, (T, B, H), x)
-    dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
+    precision(x.dtype)
+    _check_nonlinearity(nonlinearity)
     if T == 0:
+        dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
         dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
         return dx, dh0, dw_ih.zero_(), dw_hh.zero_(), db.zero_()
-    k1, k2 = _window(T, k1, k2)
-    dy, dh_n, x, w_ih, w_hh, h0, y = map(_dense, (dy, dh_n, x, w_ih, w_hh, h0, y))
-    inputs = (dy, dh_n, None, None, x, w_ih, w_hh, h0, None, y, None, None)
-    dh0 = x.new_empty(B, H)
-    outputs = (dx, dw_ih, dw_hh, db, dh0, None)
-    scratch = _scratch(x, H, k1, k2)
-    backward = getattr(core, f"layer_backward_{precision(x.dtype)}")
-    shape = _shape(_nonlinearity(nonlinearity), T, B, I, H, reverse)
-    backward(shape, k1, k2, *map(_address, inputs + outputs + scratch))
+    dx, dh0, _, dw_ih, dw_hh, db = _cpu_gradients(
+        *(nonlinearity, (T, B, I, H), reverse, *window(T, k1, k2), (dy, dh_n, None, None)),
+        *((x, h0, None, w_ih, w_hh, y, None, None), wants),
+    )
     return dx, dh0, dw_ih, dw_hh, db
+
+
+def _cpu_gradients(cell, sizes, reverse, k1, k2, upstream, saved, wants):
+    """As cpu.backward, in the terms of the schemas: an operator gives no None but empty tensors."""
+    want_x, *want_rest = wants
+    want_all = (want_x, True, cell == "lstm", *want_rest)
+    gradients = cpu.backward(cell, sizes, reverse, k1, k2, upstream, saved, want_all)
+    return tuple(saved[0].new_empty(0) if d is None else d for d in gradients)
 
 
 # Shapes alone

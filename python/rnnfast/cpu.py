@@ -1,0 +1,112 @@
+"""One layer in one direction on the CPU: allocates the outputs and calls the native core.
+
+The two callers, the registered operators (`ops`) and the short way past torch's dispatcher
+(`direct`), have checked what a kernel must be able to trust: every tensor is an ordinary one of the
+same dtype, in the CPU's memory, and of the shape `Sizes` implies. Nothing is copied unless it is
+not contiguous. For a small layer each allocation takes as long as the arithmetic, so none is made
+that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._native import core
+
+GATES = {"lstm": 4, "tanh": 1, "relu": 1}  # by the names the core has for its cells
+
+Sizes = tuple[int, int, int, int]  # T, B, I, H
+
+_FORWARD = {torch.float32: "layer_forward_float32", torch.float64: "layer_forward_float64"}
+_BACKWARD = {torch.float32: "layer_backward_float32", torch.float64: "layer_backward_float64"}
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    """Where a tensor's elements begin; 0 stands for an absent or empty one."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def forward(
+    cell: str,
+    sizes: Sizes,
+    reverse: bool,
+    keep: bool,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, h_n, c_n and, with `keep`, c (T, B, H) and gates (T, B, 4, H); T >= 1.
+
+    x is (T, B, I) and states are (B, H), or the same elements with other leading axes (an unbatched
+    sequence, a single step, a stack of one layer): y and the final states then have the same. What
+    an RNN does not have is None, and c0 tells: it is None too.
+    """
+    T, B, I, H = sizes
+    x, h0, w_ih, w_hh = x.contiguous(), h0.contiguous(), w_ih.contiguous(), w_hh.contiguous()
+    b_ih, b_hh = _dense(b_ih), _dense(b_hh)
+    state_shape = h0.shape
+    y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(*state_shape)
+    c_n = c = gates = None
+    if c0 is not None:
+        c0, c_n = c0.contiguous(), x.new_empty(*state_shape)
+        if keep:
+            c, gates = x.new_empty(T, B, H), x.new_empty(T, B, 4, H)
+    getattr(core, _FORWARD[x.dtype])(
+        *(cell, T, B, I, H, reverse, torch.get_num_threads()),
+        *(x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh)),
+        *(h0.data_ptr(), _address(c0), y.data_ptr(), h_n.data_ptr(), _address(c_n)),
+        *(_address(c), _address(gates)),
+    )
+    return y, h_n, c_n, c, gates
+
+
+def backward(
+    cell: str,
+    sizes: Sizes,
+    reverse: bool,
+    k1: int,
+    k2: int,
+    upstream: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    saved: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """dx, dh0, dc0, dw_ih, dw_hh and db where `wants` has True, None elsewhere; T >= 1.
+
+    1 <= k1 <= k2 as the core takes them. upstream: dy, dh_n, dc_n, dc, None for zeros. saved: x,
+    h0, c0, w_ih, w_hh, y, c, gates, with the leading axes they had going forward.
+    """
+    T, B, I, H = sizes
+    dy, dh_n, dc_n, dc = map(_dense, upstream)
+    x, h0, c0, w_ih, w_hh, y, c, gates = map(_dense, saved)
+    want_x, want_h0, want_c0, want_w_ih, want_w_hh, want_b = wants
+    rows = GATES[cell] * H
+    dx = x.new_empty(*x.shape) if want_x else None
+    dh0 = x.new_empty(*h0.shape) if want_h0 else None
+    dc0 = x.new_empty(*c0.shape) if want_c0 else None
+    dw_ih = x.new_empty(rows, I) if want_w_ih else None
+    dw_hh = x.new_empty(rows, H) if want_w_hh or want_b else None  # db comes with dw_hh
+    db = x.new_empty(rows) if want_b else None
+    # The core always writes the gradients of the initial states: unwanted ones go behind da.
+    unwanted = (not want_h0) + (c0 is not None and not want_c0)
+    scratch = x.new_empty((T * rows + unwanted * H) * B)
+    da = scratch.data_ptr()
+    dh0_at = dh0.data_ptr() if want_h0 else da + T * B * rows * x.itemsize
+    dc0_at = _address(dc0)
+    if c0 is not None and not want_c0:
+        dc0_at = da + scratch.nbytes - B * H * x.itemsize
+    da_windows = x.new_empty(2, -(-T // k1) * B, rows) if k2 > k1 else None
+    getattr(core, _BACKWARD[x.dtype])(
+        *(cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2),
+        *map(_address, (dy, dh_n, dc_n, dc, x, w_ih, w_hh, h0, c0, y, c, gates)),
+        *(*map(_address, (dx, dw_ih, dw_hh, db)), dh0_at, dc0_at, da, _address(da_windows)),
+    )
+    return dx, dh0, dc0, dw_ih, dw_hh if want_w_hh else None, db

@@ -61,11 +61,11 @@ def forward(
         if keep:
             c, gates = x.new_empty(T, B, H), x.new_empty(T, B, 4, H)
     getattr(core, _FORWARD[x.dtype])(
-        *(cell, T, B, I, H, reverse, torch.get_num_threads()),
-        *(x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh)),
-        *(h0.data_ptr(), _address(c0), y.data_ptr(), h_n.data_ptr(), _address(c_n)),
-        *(_address(c), _address(gates)),
-    )
+        cell, T, B, I, H, reverse, torch.get_num_threads(),
+        x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh),
+        h0.data_ptr(), _address(c0),
+        y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), _address(gates),
+    )  # fmt: skip
     return y, h_n, c_n, c, gates
 
 
@@ -105,8 +105,11 @@ def backward(
         dc0_at = da + scratch.nbytes - B * H * x.itemsize
     da_windows = x.new_empty(2, -(-T // k1) * B, rows) if k2 > k1 else None
     getattr(core, _BACKWARD[x.dtype])(
-        *(cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2),
-        *map(_address, (dy, dh_n, dc_n, dc, x, w_ih, w_hh, h0, c0, y, c, gates)),
-        *(*map(_address, (dx, dw_ih, dw_hh, db)), dh0_at, dc0_at, da, _address(da_windows)),
-    )
+        cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2,
+        _address(dy), _address(dh_n), _address(dc_n), _address(dc),
+        x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), h0.data_ptr(), _address(c0),
+        y.data_ptr(), _address(c), _address(gates),
+        _address(dx), _address(dw_ih), _address(dw_hh), _address(db),
+        dh0_at, dc0_at, da, _address(da_windows),
+    )  # fmt: skip
     return dx, dh0, dc0, dw_ih, dw_hh if want_w_hh else None, db

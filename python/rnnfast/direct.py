@@ -100,7 +100,7 @@ def _examine(
         raise _Unusual
     if states is None:
         given = (x, *weights)
-    elif isinstance(states, (tuple, list)):
+    elif type(states) in (tuple, list):
         given = (x, *states, *weights)
     else:
         raise _Unusual

@@ -1,0 +1,633 @@
+"""The short way past torch's dispatcher: same bits as the operators, and only where it is open."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import one_layer
+import pytest
+import torch
+from one_layer import LAYOUTS, Case, by_operator
+from pairwise import pairwise
+from rnnfast import LSTM, RNN, LSTMCell, RNNCell, _native, cpu, direct, ops
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MODULES = {
+    "LSTM": lambda **o: LSTM(3, 5, **o),
+    "RNN tanh": lambda **o: RNN(3, 5, **o),
+    "RNN relu": lambda **o: RNN(3, 5, nonlinearity="relu", **o),
+    "LSTMCell": lambda **o: LSTMCell(3, 5, **o),
+    "RNNCell tanh": lambda **o: RNNCell(3, 5, **o),
+    "RNNCell relu": lambda **o: RNNCell(3, 5, nonlinearity="relu", **o),
+}
+SEQUENCES = [name for name in MODULES if "Cell" not in name]
+every_module = pytest.mark.parametrize("name", MODULES)
+lstm_and_rnn = pytest.mark.parametrize("name", ["LSTM", "RNN tanh"])
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Grows by "short forward", "operator backward" and so on as kernels are called."""
+    seen = []
+
+    def noted(way):
+        def wrapped(direction):
+            def call(*args):
+                seen.append(f"{way} {direction}")
+                return getattr(cpu, direction)(*args)
+
+            return call
+
+        return SimpleNamespace(forward=wrapped("forward"), backward=wrapped("backward"))
+
+    monkeypatch.setattr(direct, "cpu", noted("short"))
+    monkeypatch.setattr(ops, "cpu", noted("operator"))
+    return seen
+
+
+@pytest.fixture
+def by_operators(monkeypatch):
+    """A function that closes the short way while another one runs."""
+
+    def run(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(direct, "_watched", lambda: True)
+            return function(*args)
+
+    return run
+
+
+def flat(value):
+    """The tensors of a nested tuple."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in flat(part)]
+
+
+def input_of(name, dtype=torch.float32):
+    return torch.randn((2, 3) if "Cell" in name else (4, 2, 3), dtype=dtype)
+
+
+def state_of(name, shape, dtype=torch.float32):
+    state = torch.randn(shape, dtype=dtype)
+    return (state, state.cos()) if "LSTM" in name else state
+
+
+def results(module, x, hx):
+    """Outputs and the gradients of everything, from leaves of their own."""
+    x = x.detach().requires_grad_()
+    states = [s.detach().requires_grad_() for s in flat(hx)] if hx is not None else []
+    given = None if hx is None else tuple(states) if isinstance(hx, tuple) else states[0]
+    outputs = flat(module(x, given))
+    loss = sum((o * torch.linspace(0.5, 1.5, o.numel()).view(o.shape)).sum() for o in outputs)
+    gradients = torch.autograd.grad(loss, [x, *states, *module.parameters()])
+    return [*(o.detach() for o in outputs), *gradients]
+
+
+def assert_equal(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a, b)
+
+
+# The same results
+
+
+def assert_both_ways_agree(module, x, hx, ways, by_operators):
+    ways.clear()
+    short = results(module, x, hx)
+    assert {way.split()[0] for way in ways} == {"short"}
+    ways.clear()
+    assert_equal(short, by_operators(results, module, x, hx))
+    assert {way.split()[0] for way in ways} == {"operator"}
+    ways.clear()
+    with torch.no_grad():
+        inferred = flat(module(x, hx))
+        assert {way.split()[0] for way in ways} == {"short"}
+        assert_equal(inferred, short[: len(inferred)])
+        assert_equal(inferred, flat(by_operators(module, x, hx)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+@every_module
+def test_same_bits(name, batched, with_state, bias, dtype, ways, by_operators):
+    module = MODULES[name](bias=bias, dtype=dtype)
+    x = input_of(name, dtype)
+    lead = (2,) if batched else ()
+    shape = (*lead, 5) if "Cell" in name else (1, *lead, 5)
+    hx = state_of(name, shape, dtype) if with_state else None
+    assert_both_ways_agree(module, x if batched else x[..., 0, :], hx, ways, by_operators)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_first": True},
+        {"num_layers": 3},
+        {"bidirectional": True},
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+        {"truncate": 2},
+        {"truncate": (1, 3)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_same_bits_with_options(name, options, ways, by_operators):
+    module = MODULES[name](**options)
+    x = input_of(name)
+    assert_both_ways_agree(module, x, None, ways, by_operators)
+    rows = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
+    batch = x.shape[0 if options.get("batch_first") else 1]
+    hx = state_of(name, (rows, batch, 5))
+    assert_both_ways_agree(module, x.flip(-1)[..., ::1], hx, ways, by_operators)
+
+
+LAYER_CASES = [
+    Case(**choice)
+    for choice in pairwise(
+        cell=["lstm", "tanh", "relu"],
+        T=[1, 5],
+        B=[1, 3],
+        I=[1, 4],
+        H=[1, 17],
+        reverse=[False, True],
+        biases=["both", "none", "input", "hidden"],
+        layout=list(LAYOUTS),
+        upstream=[("y",), ("h_n", "c_n"), ("y", "c"), ("y", "h_n", "c_n", "c")],
+        truncate=[None, (1, 1), (2, 3), (7, 9)],
+    )
+]
+
+
+@pytest.mark.parametrize("case", LAYER_CASES, ids=str)
+def test_a_layer_has_the_same_bits_in_any_layout(case, monkeypatch, ways):
+    names = list(case.inputs(torch.float64))
+    for count in (1, len(names) - 1, len(names)):
+        for want in itertools.islice(itertools.combinations(names, count), 4):
+            expected = by_operator(case, torch.float64, list(want))
+            assert not any(way.startswith("short") for way in ways)
+            ways.clear()
+            with monkeypatch.context() as patch:
+                short = SimpleNamespace(
+                    lstm_layer=lambda *args: (*direct.lstm_layer(*args), None),
+                    rnn_layer=direct.rnn_layer,
+                )
+                patch.setattr(one_layer, "ops", short)
+                got = by_operator(case, torch.float64, list(want))
+            assert ways == ["short forward", "short backward"]
+            ways.clear()
+            assert got.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(got[key], value), (key, want)
+
+
+# Autograd
+
+
+@every_module
+def test_gradients_nobody_needs_are_not_computed(name, monkeypatch):
+    module = MODULES[name]()
+    wants = []
+
+    def backward(*args):
+        wants.append(args[-1])
+        return cpu.backward(*args)
+
+    monkeypatch.setattr(direct, "cpu", SimpleNamespace(forward=cpu.forward, backward=backward))
+    leaves = {"x": input_of(name), **dict(module.named_parameters())}
+    for index, (key, leaf) in enumerate(leaves.items()):
+        for other in leaves.values():
+            other.requires_grad_(other is leaf)
+        flat(module(leaves["x"]))[0].sum().backward()
+        assert [k for k, v in leaves.items() if v.grad is not None] == [key]
+        leaf.grad = None
+        want = [False] * 6
+        want[{0: 0, 1: 3, 2: 4, 3: 5, 4: 5}[index]] = True
+        assert wants.pop() == tuple(want)
+
+
+@lstm_and_rnn
+def test_inputs_that_were_not_used_have_no_gradient(name):
+    module = MODULES[name]()
+    x = input_of(name).requires_grad_()
+    y, _ = module(x.detach())
+    assert torch.autograd.grad(y.sum(), [x, module.weight_hh_l0], allow_unused=True)[0] is None
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(module(x.detach())[0].sum(), x)
+
+
+@pytest.mark.parametrize("changed", ["x", "weight_ih_l0", "weight_hh_l0", "h0", "y"])
+@lstm_and_rnn
+def test_changes_between_forward_and_backward_are_noticed(name, changed):
+    module = MODULES[name]()
+    x, hx = input_of(name).requires_grad_(), state_of(name, (1, 2, 5))
+    y, _ = module(x, hx)
+    loss = y.sum()
+    named = {"x": x, "h0": flat(hx)[0], "y": y, **dict(module.named_parameters())}
+    with torch.no_grad():
+        named[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@lstm_and_rnn
+def test_memory_exchanged_between_forward_and_backward_is_not_read_beyond_its_end(name):
+    module = MODULES[name]()
+    loss = module(input_of(name))[0].sum()
+    module.weight_hh_l0.data = torch.zeros(1, 1)  # what no version counter sees
+    with pytest.raises(RuntimeError, match=r"w_hh|shape"):
+        loss.backward()
+
+
+@lstm_and_rnn
+def test_a_graph_lives_once_unless_it_is_kept(name):
+    module, x = MODULES[name](), input_of(name).requires_grad_()
+    y = module(x)[0].sum()
+    first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+@every_module
+@pytest.mark.parametrize("through", ["x", "dy"])
+def test_second_derivatives_are_refused(name, through, by_operators):
+    module, x = MODULES[name](), input_of(name).requires_grad_()
+
+    def differentiate_twice():
+        y = flat(module(x))[0]
+        dy = torch.ones_like(y, requires_grad=True)
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        assert dx.shape == x.shape
+        torch.autograd.grad(dx.sum(), x if through == "x" else dy)
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice") as short:
+        differentiate_twice()
+    with pytest.raises(RuntimeError) as operator:
+        by_operators(differentiate_twice)
+    assert str(short.value) == str(operator.value)
+
+
+@every_module
+def test_a_graph_of_the_gradient_changes_no_bit(name):
+    module, x = MODULES[name](), input_of(name).requires_grad_()
+    leaves = [x, *module.parameters()]
+    loss = flat(module(x))[0].square().sum()
+    kept = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert_equal(kept, torch.autograd.grad(loss, leaves))
+
+
+@every_module
+def test_saved_tensors_hooks_see_all_and_may_move_it(name):
+    module, x = MODULES[name](), input_of(name)
+    want, packed = results(module, x, None), []
+
+    def pack(tensor):
+        packed.append(tensor.shape)
+        return tensor.detach().numpy().copy()
+
+    with saved_tensors_hooks(pack, torch.from_numpy):
+        assert_equal(results(module, x, None), want)
+    assert len(packed) >= 5
+
+
+WRONG = {
+    "shape": lambda t: t[..., :1],
+    "dtype": lambda t: t.double(),
+    "device": lambda t: t.to("meta"),
+    "layout": lambda t: t.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@lstm_and_rnn
+def test_hooks_that_give_something_else_back(name, wrong):
+    module, x = MODULES[name](), input_of(name).requires_grad_()
+    with saved_tensors_hooks(lambda t: t.detach().clone(), WRONG[wrong]):
+        y, _ = module(x)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.filterwarnings("ignore:Error detected in RnnfastLayerBackward")
+def test_anomaly_mode_names_the_layer():
+    module, x = LSTM(3, 5), torch.full((4, 2, 3), float("nan"))
+    with torch.autograd.detect_anomaly():
+        loss = module(x)[0].sum()
+        with pytest.raises(RuntimeError, match="RnnfastLayerBackward"):
+            loss.backward()
+
+
+@every_module
+def test_batched_gradients(name):
+    module, x = MODULES[name](), input_of(name).requires_grad_()
+    y = flat(module(x))[0]
+    dy = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)[0]
+    for row, one in zip(batched, dy, strict=True):
+        assert torch.equal(row, torch.autograd.grad(y, x, one, retain_graph=True)[0])
+
+
+def test_threads_do_not_meet():
+    modules = [MODULES[name]() for name in SEQUENCES]
+    x = torch.randn(4, 2, 3)
+    want, got = [results(module, x, None) for module in modules], {}
+
+    def work(index):
+        for _ in range(20):
+            got[index] = results(modules[index % len(modules)], x, None)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(6):
+        assert_equal(got[index], want[index % len(modules)])
+
+
+@every_module
+def test_nothing_is_recorded_without_need(name, ways):
+    module, x = MODULES[name](), input_of(name)
+    with torch.no_grad():
+        assert not any(output.requires_grad for output in flat(module(x)))
+    with torch.inference_mode():
+        inferred = flat(module(x))
+        assert all(output.is_inference() for output in inferred)
+        assert_equal(flat(module(inferred[0][..., :3])), flat(module(inferred[0][..., :3].clone())))
+    frozen = module.requires_grad_(False)
+    assert not any(output.requires_grad for output in flat(frozen(x)))
+    assert set(ways) == {"short forward"}
+    assert all(output.requires_grad for output in flat(frozen(x.requires_grad_())))
+
+
+@every_module
+def test_autocast_casts_what_it_did(name, by_operators):
+    module, x = MODULES[name](), input_of(name)
+    for given in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_equal(results(module, given, None), by_operators(results, module, given, None))
+
+
+# What is in the place of a weight now computes
+
+
+@lstm_and_rnn
+def test_weights_may_be_replaced_at_any_time(name):
+    module, x = MODULES[name](), input_of(name)
+    theirs = (torch.nn.LSTM if name == "LSTM" else torch.nn.RNN)(3, 5)
+    changes = {
+        "in place": lambda m, w: m.weight_hh_l0.data.copy_(w),
+        "data": lambda m, w: setattr(m.weight_hh_l0, "data", w.clone()),
+        "parameter": lambda m, w: setattr(m, "weight_hh_l0", torch.nn.Parameter(w.clone())),
+        "strided": lambda m, w: setattr(m.weight_hh_l0, "data", w.t().contiguous().t()),
+    }
+    theirs.load_state_dict(module.state_dict())
+    for change in changes.values():
+        module(x)
+        weight = torch.randn_like(theirs.weight_hh_l0)
+        for m in (module, theirs):
+            change(m, weight)
+        torch.testing.assert_close(module(x)[0], theirs(x)[0])
+
+
+RESIZED = {
+    "weight_ih_l0": [(20, 2), (19, 3), (60,)],
+    "weight_hh_l0": [(20, 4), (5, 5), (), (100,)],
+    "bias_ih_l0": [(19,), (1, 20), ()],
+    "bias_hh_l0": [(0,), (21,)],
+}
+
+
+@pytest.mark.parametrize("weight", RESIZED)
+def test_sizes_are_looked_at_in_every_call(weight, monkeypatch):
+    module, x = LSTM(3, 5), torch.randn(4, 2, 3)
+    module(x)
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(
+            _native.core, f"layer_{direction}_float32", lambda *_: pytest.fail("the kernel ran")
+        )
+    for shape in RESIZED[weight]:
+        getattr(module, weight).data = torch.zeros(shape)
+        for context in (torch.no_grad(), nullcontext()):
+            with context, pytest.raises(RuntimeError, match=r"^LSTM: .*(shape|size)"):
+                module(x)
+
+
+# Where the operators are needed
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+WATCHERS = {
+    "dispatch mode": Operators,
+    "function mode": Functions,
+    "default device": lambda: torch.device("cpu"),
+    "forward mode": forward_ad.dual_level,
+    "profiler": lambda: profile(activities=[ProfilerActivity.CPU]),
+    "autograd profiler": torch.autograd.profiler.profile,
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+@every_module
+def test_watched_calls_go_through_the_operators(name, watcher, ways):
+    module, x = MODULES[name](), input_of(name)
+    want = results(module, x, None)
+    ways.clear()
+    with WATCHERS[watcher]():
+        assert_equal(results(module, x, None), want)
+    assert ways == ["operator forward", "operator backward"]
+    ways.clear()
+    module(x)
+    assert ways == ["short forward"]
+
+
+@every_module
+def test_a_watcher_may_come_for_the_backward_pass(name, ways):
+    module, x = MODULES[name](), input_of(name)
+    want = results(module, x, None)
+    with ExitStack() as stack:
+        module.register_forward_hook(lambda *_: stack.enter_context(Operators()) and None)
+        ways.clear()
+        assert_equal(results(module, x, None), want)
+    assert ways == ["short forward", "operator backward"]
+
+
+def test_a_profile_shows_the_operators():
+    module, x = LSTM(3, 5), torch.randn(4, 2, 3)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        module(x)[0].sum().backward()
+    names = {event.key for event in profiled.key_averages()}
+    assert {"rnnfast::lstm_layer", "rnnfast::lstm_layer_backward"} <= names
+
+
+UNUSUAL = {
+    "subclass": lambda x: x.as_subclass(Subclass),
+    "parameter of a subclass": lambda x: torch.nn.Parameter(x.as_subclass(Subclass)),
+    "lazy negation": lambda x: torch._neg_view(-x),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@every_module
+def test_unusual_tensors_go_through_the_operators(name, kind, ways):
+    module, x = MODULES[name](), input_of(name)
+    want = flat(module(x))
+    ways.clear()
+    for got, expected in zip(flat(module(UNUSUAL[kind](x))), want, strict=True):
+        assert torch.equal(got.as_subclass(torch.Tensor), expected)
+    assert ways == ["operator forward"]
+
+
+@every_module
+def test_a_tensor_that_left_a_transformation(name):
+    module, x, left = MODULES[name](), input_of(name), []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(x)
+    assert_equal(flat(module(left[0])), flat(module(x)))
+
+
+@lstm_and_rnn
+def test_unusual_weights_and_states_go_through_the_operators(name, ways):
+    module, x = MODULES[name](), input_of(name)
+    hx = state_of(name, (1, 2, 5))
+    want = flat(module(x, hx))
+    for parameter in module.parameters():
+        negated = torch.nn.Parameter(torch._neg_view(-parameter.detach()))
+        other = copy.deepcopy(module)
+        key = next(k for k, p in module.named_parameters() if p is parameter)
+        setattr(other, key, negated)
+        ways.clear()
+        assert_equal(flat(other(x, hx)), want)
+        assert ways == ["operator forward"]
+    lazy = tuple(torch._neg_view(-s) for s in flat(hx))
+    ways.clear()
+    assert_equal(flat(module(x, lazy if isinstance(hx, tuple) else lazy[0])), want)
+    assert ways == ["operator forward"]
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@lstm_and_rnn
+def test_tensors_without_memory_are_refused_as_by_the_operators(name, layout, by_operators):
+    module, x = MODULES[name](), torch.randn(4, 3)
+    messages = []
+    for run in (module, lambda given: by_operators(module, given)):
+        with pytest.raises((RuntimeError, NotImplementedError)) as caught:
+            run(getattr(x, layout)())
+        messages.append((type(caught.value), str(caught.value)))
+    assert messages[0] == messages[1]
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack((x, x.cos()))),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@lstm_and_rnn
+def test_transforms_meet_the_operators(name, transform, ways, by_operators):
+    module, x = MODULES[name]().requires_grad_(False), input_of(name)
+
+    def transformed():
+        try:
+            return TRANSFORMS[transform](lambda x: module(x)[0], x)
+        except RuntimeError as error:  # what torch can't transform
+            return str(error)
+
+    want, got = by_operators(transformed), transformed()
+    assert got == want if isinstance(want, str) else torch.equal(got, want)
+    assert not any(way.startswith("short") for way in ways)
+
+
+def targets(graph_module):
+    return {str(node.target) for node in graph_module.graph.nodes}
+
+
+@lstm_and_rnn
+def test_tracers_record_the_operators(name, ways):
+    module, x = MODULES[name]().requires_grad_(False), input_of(name)
+    operator = f"rnnfast.{'lstm' if name == 'LSTM' else 'rnn'}_layer.default"
+    other = torch.randn_like(x)
+    want = module(other)[0]
+    for mode in ("real", "fake", "symbolic"):
+        for pre_dispatch in (False, True):
+            traced = make_fx(
+                lambda x: module(x)[0],
+                tracing_mode=mode,
+                pre_dispatch=pre_dispatch,
+                _allow_non_fake_inputs=True,
+            )(x)
+            assert operator in targets(traced)
+            assert torch.equal(traced(other), want)
+
+    graphs = []
+
+    def backend(graph_module, _):
+        graphs.append(graph_module)
+        return graph_module
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(module, fullgraph=True, backend=backend)
+        assert torch.equal(compiled(x)[0], module(x)[0])
+    assert operator in set().union(*map(targets, graphs))
+
+    class Outer(torch.nn.Module):  # what is exported must be an ordinary module
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            return self.inner(x)[0]
+
+    exported = torch.export.export(Outer(), (x,), strict=False)
+    assert operator in targets(exported.graph_module)
+    assert torch.equal(exported.module()(other), want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@lstm_and_rnn
+def test_a_jit_trace_computes_instead_of_remembering(name):
+    module, x = MODULES[name]().requires_grad_(False), input_of(name)
+    traced = torch.jit.trace(lambda x: module(x)[0], x)
+    other = torch.randn_like(x)
+    assert torch.equal(traced(other), module(other)[0])
+
+
+def test_numpy_sees_what_was_computed():
+    """Outputs own their memory: y, h_n and c_n of one step are equal, and not the same."""
+    y, (h_n, c_n) = LSTM(3, 5).requires_grad_(False)(torch.randn(1, 1, 3))
+    assert np.array_equal(y.numpy(), h_n.numpy())
+    assert len({t.data_ptr() for t in (y, h_n, c_n)}) == 3

@@ -8,17 +8,20 @@ import rnnfast
 import torch
 
 from .agreement import check_agreement
-from .shapes import Shape
+from .shapes import GATES, Shape, is_step
 from .timing import Call
 
 LAYERS = {
-    "torch": {"LSTM": torch.nn.LSTM, "RNN": torch.nn.RNN},
-    "rnnfast": {"LSTM": rnnfast.LSTM, "RNN": rnnfast.RNN},
+    "torch": {name: getattr(torch.nn, name) for name in GATES},
+    "rnnfast": {name: getattr(rnnfast, name) for name in GATES},
 }
 
 
 class LayerProblem:
-    """One shape: the same weights, input x (T, B, I) and output gradient dy (T, B, H) for both."""
+    """One shape: the same weights, input x (T, B, I) and output gradient dy (T, B, H) for both.
+
+    A module for one step gets x (B, I), dy (B, H) and the state a loop over steps would carry.
+    """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -30,6 +33,9 @@ class LayerProblem:
         self.layers["rnnfast"].load_state_dict(self.layers["torch"].state_dict())
         self.x = torch.randn(shape.steps, shape.batch, shape.input_size, dtype=dtype)
         self.dy = torch.randn(shape.steps, shape.batch, shape.hidden_size, dtype=dtype)
+        if is_step(shape.cell):
+            self.x, self.dy = self.x[0], self.dy[0]
+        self.states = torch.rand(2, shape.batch, shape.hidden_size, dtype=dtype)
 
     def calls(self, mode: str) -> dict[str, Call]:
         """The call to be timed for torch and for rnnfast."""
@@ -52,28 +58,38 @@ class LayerProblem:
             terms,
         )
 
+    def _state(self, dtype: torch.dtype) -> tuple:
+        """The state as an argument, if there is to be one."""
+        h, c = self.states.to(dtype)
+        return {"LSTMCell": ((h, c),), "RNNCell": (h,)}.get(self.shape.cell, ())
+
     def _results(self, layer: torch.nn.Module, mode: str) -> dict[str, torch.Tensor]:
         dtype = next(layer.parameters()).dtype
         x, dy = self.x.detach().to(dtype), self.dy.to(dtype)
         if mode == "forward":
             with torch.no_grad():
-                return _named_outputs(*layer(x))
+                return _named_outputs(layer(x, *self._state(dtype)))
         x.requires_grad_()
-        y, state = layer(x)
+        outputs = layer(x, *self._state(dtype))
+        y = _flat(outputs)[0]
         inputs = {"x": x, **dict(layer.named_parameters())}
         gradients = torch.autograd.grad(y, list(inputs.values()), dy)
         named_gradients = zip((f"d{name}" for name in inputs), gradients, strict=True)
-        return {**_named_outputs(y, state), **dict(named_gradients)}
+        return {**_named_outputs(outputs), **dict(named_gradients)}
 
     def _forward_call(self, layer: torch.nn.Module) -> Call:
+        arguments = (self.x, *self._state(self.x.dtype))
+
         def call() -> object:
             with torch.no_grad():
-                return layer(self.x)
+                return layer(*arguments)
 
         return call
 
     def _training_call(self, layer: torch.nn.Module) -> Call:
         x = self.x.clone().requires_grad_()
+        arguments = (x, *self._state(x.dtype))
+        gives_pair = self.shape.cell != "RNNCell"
         parameters = list(layer.parameters())
         # In training every step changes the weights, so nothing derived from them may be kept from
         # the step before. Writing one entry of each in place makes that so, at no more cost than a
@@ -82,16 +98,22 @@ class LayerProblem:
 
         def call() -> object:
             torch._foreach_mul_(first_entries, 1.0)
-            y, _ = layer(x)
+            outputs = layer(*arguments)
+            y = outputs[0] if gives_pair else outputs
             return torch.autograd.grad(y, [x, *parameters], self.dy)
 
         return call
 
 
-def _named_outputs(
-    y: torch.Tensor, state: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    states = state if isinstance(state, tuple) else (state,)
+def _flat(outputs: torch.Tensor | tuple) -> list[torch.Tensor]:
+    """What a module gives, y first: (y, h), (y, (h, c)), (h, c) or h alone."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for part in outputs for tensor in _flat(part)]
+
+
+def _named_outputs(outputs: torch.Tensor | tuple) -> dict[str, torch.Tensor]:
     return {
-        name: value.detach() for name, value in zip(("y", "h_n", "c_n"), (y, *states), strict=False)
+        name: value.detach()
+        for name, value in zip(("y", "h_n", "c_n"), _flat(outputs), strict=False)
     }

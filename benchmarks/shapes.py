@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GATES = {"LSTM": 4, "RNN": 1}
+GATES = {"LSTM": 4, "RNN": 1, "LSTMCell": 4, "RNNCell": 1}
 MODES = ("forward", "training")
 
 # Training runs the products of the forward pass again for the gradient of their input and again for
@@ -18,9 +18,17 @@ FLOPS_FACTOR = {"forward": 1, "training": 3}
 WEIGHT_READS_PER_STEP = {"forward": 1, "training": 2}
 
 
+def is_step(cell: str) -> bool:
+    """Whether the module of this name does one step of a sequence at a time."""
+    return cell.endswith("Cell")
+
+
 @dataclass(frozen=True, order=True)
 class Shape:
-    """One layer in one direction: cell, T steps, B batch rows, I input size, H hidden size."""
+    """One layer in one direction: cell, T steps, B batch rows, I input size, H hidden size.
+
+    LSTMCell and RNNCell are the modules that do one step: T is 1.
+    """
 
     cell: str
     steps: int
@@ -36,7 +44,8 @@ class Shape:
         """Reads ``CELL:T,B,I,H``, for example ``LSTM:35,20,650,650``.
 
         Raises:
-            ValueError: the cell is unknown, or there are not four positive integers after it.
+            ValueError: the cell is unknown, there are not four positive integers after it, or a
+                module for one step is given more of them.
         """
         cell, _, numbers = text.partition(":")
         if cell not in GATES:
@@ -47,6 +56,8 @@ class Shape:
             sizes = []
         if len(sizes) != 4 or min(sizes) < 1:
             raise ValueError(f"shape {text!r}: expected {cell}:T,B,I,H with four positive integers")
+        if is_step(cell) and sizes[0] != 1:
+            raise ValueError(f"shape {text!r}: {cell} has T = 1, got {sizes[0]}")
         return cls(cell, *sizes)
 
     @property
@@ -80,11 +91,14 @@ SIZES = (
     (1000, 16, 64, 64),
 )
 QUICK_SIZES = ((1, 1, 128, 128), (50, 1, 128, 128), (100, 16, 256, 256), (35, 20, 650, 650))
+# One step for one stream, as in real time: what a call costs, and what reading the weights costs.
+STEP_SIZES = ((1, 1, 128, 128), (1, 1, 512, 512))
 
 SUITES: dict[str, tuple[Shape, ...]] = {
     "none": (),
-    "quick": tuple(Shape(cell, *sizes) for cell in GATES for sizes in QUICK_SIZES),
-    "full": tuple(Shape(cell, *sizes) for cell in GATES for sizes in SIZES),
+    "quick": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in QUICK_SIZES),
+    "full": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in SIZES),
+    "step": tuple(Shape(cell, *sizes) for cell in GATES for sizes in STEP_SIZES),
 }
 
 

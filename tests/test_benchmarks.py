@@ -179,7 +179,7 @@ def test_shapes_are_read_back_as_printed():
 
 
 @pytest.mark.parametrize(
-    "text", ["GRU:1,1,1,1", "LSTM", "LSTM:1,2,3", "RNN:1,2,3,x", "RNN:1,0,3,4"]
+    "text", ["GRU:1,1,1,1", "LSTM", "LSTM:1,2,3", "RNN:1,2,3,x", "RNN:1,0,3,4", "LSTMCell:2,1,3,4"]
 )
 def test_bad_shapes_are_refused(text):
     with pytest.raises(ValueError, match="shape"):
@@ -202,12 +202,12 @@ def test_agreement_allows_rounding_and_nothing_else():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cell", ["LSTM", "RNN"])
+@pytest.mark.parametrize("cell", ["LSTM", "RNN", "LSTMCell", "RNNCell"])
 def test_a_wrong_layer_is_not_timed(cell, mode, dtype):
-    problem = LayerProblem(Shape(cell, 7, 3, 5, 9), dtype)
+    problem = LayerProblem(Shape(cell, 1 if cell.endswith("Cell") else 7, 3, 5, 9), dtype)
     problem.check(mode)
     with torch.no_grad():
-        problem.layers["rnnfast"].weight_hh_l0[0, 0] += 0.01
+        list(problem.layers["rnnfast"].parameters())[1][0, 0] += 0.01  # weight_hh
     with pytest.raises(DisagreementError):
         problem.check(mode)
 
@@ -343,7 +343,8 @@ def test_tiny_run_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "STEPS", (StepSize("tiny", "RNN", 1, 4, 2, 3, 5),))
     threads = torch.get_num_threads()
     path = tmp_path / "run.json"
-    command = f"--shapes LSTM:2,1,3,16 RNN:2,1,3,16 --rounds 2 --threads 1 --lm --json {path}"
+    shapes = ["LSTM:2,1,3,16", "RNN:2,1,3,16", "LSTMCell:1,1,3,16", "RNNCell:1,1,3,16"]
+    command = f"--shapes {' '.join(shapes)} --rounds 2 --threads 1 --lm --json {path}"
     try:
         assert run.main(command.split()) == 0
     finally:
@@ -354,7 +355,7 @@ def test_tiny_run_end_to_end(tmp_path, capsys, monkeypatch):
 
     measured = results.load(path)
     assert [(str(layer.shape), layer.mode) for layer in measured.layers] == [
-        (f"{cell}:2,1,3,16", mode) for cell in ("LSTM", "RNN") for mode in MODES
+        (shape, mode) for shape in shapes for mode in MODES
     ]
     for compared in [*measured.layers, *measured.steps]:
         assert set(compared.timings) == {"torch", "rnnfast"}

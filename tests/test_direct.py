@@ -204,7 +204,9 @@ def test_gradients_nobody_needs_are_not_computed(name, monkeypatch):
     wants = []
 
     def backward(*args):
-        wants.append(args[-1])
+        *_, upstream, _, want = args
+        assert sum(gradient is not None for gradient in upstream) == 1
+        wants.append(want)
         return cpu.backward(*args)
 
     monkeypatch.setattr(direct, "cpu", SimpleNamespace(forward=cpu.forward, backward=backward))
@@ -568,6 +570,16 @@ def test_transforms_meet_the_operators(name, transform, ways, by_operators):
     want, got = by_operators(transformed), transformed()
     assert got == want if isinstance(want, str) else torch.equal(got, want)
     assert not any(way.startswith("short") for way in ways)
+
+
+@every_module
+def test_tensors_a_transformation_does_not_touch_meet_the_operators_too(name, ways):
+    module, x = MODULES[name]().requires_grad_(False), input_of(name)
+    want = flat(module(x))[0]
+    ways.clear()
+    got = torch.vmap(lambda factor: factor * flat(module(x))[0])(torch.tensor([1.0, 2.0]))
+    assert_equal(list(got), [want, 2 * want])
+    assert ways == ["operator forward"]
 
 
 def targets(graph_module):

@@ -96,13 +96,12 @@ def backward(
     dw_hh = x.new_empty(rows, H) if want_w_hh or want_b else None  # db comes with dw_hh
     db = x.new_empty(rows) if want_b else None
     # The core always writes the gradients of the initial states: unwanted ones go behind da.
-    unwanted = (not want_h0) + (c0 is not None and not want_c0)
-    scratch = x.new_empty((T * rows + unwanted * H) * B)
+    spare_h0, spare_c0 = not want_h0, c0 is not None and not want_c0
+    scratch = x.new_empty((T * rows + (spare_h0 + spare_c0) * H) * B)
     da = scratch.data_ptr()
-    dh0_at = dh0.data_ptr() if want_h0 else da + T * B * rows * x.itemsize
-    dc0_at = _address(dc0)
-    if c0 is not None and not want_c0:
-        dc0_at = da + scratch.nbytes - B * H * x.itemsize
+    behind = da + T * B * rows * x.itemsize
+    dh0_at = behind if spare_h0 else dh0.data_ptr()
+    dc0_at = behind + spare_h0 * B * H * x.itemsize if spare_c0 else _address(dc0)
     da_windows = x.new_empty(2, -(-T // k1) * B, rows) if k2 > k1 else None
     getattr(core, _BACKWARD[x.dtype])(
         cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2,

@@ -266,20 +266,8 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     cell, (T, B, I, H), *_ = ctx.call
     state, y, c, rows = ctx.state_shape, (*ctx.x_shape[:-1], H), (T, B, H), GATES[cell] * H
     dtype = saved[0].dtype
-    shapes = (
-        y,
-        state,
-        state,
-        c,
-        ctx.x_shape,
-        state,
-        state,
-        (rows, I),
-        (rows, H),
-        y,
-        c,
-        (T, B, 4, H),
-    )
+    shapes = (y, state, state, c)
+    shapes += (ctx.x_shape, state, state, (rows, I), (rows, H), y, c, (T, B, 4, H))
     try:
         for tensor, shape in zip((*upstream, *saved), shapes, strict=True):
             if tensor is not None and not (_plain(tensor, dtype) and tensor.shape == shape):

@@ -57,9 +57,10 @@ Status check(const LayerBackward<Real>& layer) {
   if (!layer.w_hh || (!layer.w_ih && shape.I > 0)) return Status::missing_argument;
   if (layer.db && !layer.dw_hh) return Status::missing_argument;
   if (empty) return Status::ok;
-  if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y || !layer.dh0 || !layer.da)
+  if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y)
     return Status::missing_argument;
-  if (lstm && (!layer.c0 || !layer.c || !layer.gates || !layer.dc0)) return Status::missing_argument;
+  if (lstm && (!layer.c0 || !layer.c || !layer.gates)) return Status::missing_argument;
+  if (layer.k1 < shape.T && !layer.da) return Status::missing_argument;
   if (layer.k2 > layer.k1 && !layer.da_windows) return Status::missing_argument;
   return Status::ok;
 }

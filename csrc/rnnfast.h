@@ -79,10 +79,10 @@ struct LayerBackward {
   Real* dw_hh;  // output  (G*H, H)      may be null: not wanted
   Real* db;     // output  (G*H)         gradient of b_ih, and of b_hh; may be null: not wanted;
                 //                        needs dw_hh to be wanted too
-  Real* dh0;    // output  (B, H)
-  Real* dc0;    // output  (B, H)        LSTM only, else null
+  Real* dh0;    // output  (B, H)        may be null: not wanted
+  Real* dc0;    // output  (B, H)        LSTM; may be null: not wanted
 
-  Real* da;          // scratch (T, B, G*H)     gradient of the pre-activations
+  Real* da;          // scratch (T, B, G*H)     gradient of the pre-activations; only when k1 < T, else null
   Real* da_windows;  // scratch (2, N*B, G*H)   the same, of each window; only when k2 > k1, else null
 };
 

@@ -350,7 +350,8 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCells&& mak
       products(team, layer, truncation, {begin, end}, scratch.da, w_ih, buffer);
       end = begin;
     }
-    add_starts(team, truncation.windows_to_start(), B * H, scratch.dh_start, layer.dh0);
+    if (layer.dh0)
+      add_starts(team, truncation.windows_to_start(), B * H, scratch.dh_start, layer.dh0);
     if (layer.dc0)
       add_starts(team, truncation.windows_to_start(), B * H, scratch.dc_start, layer.dc0);
   };

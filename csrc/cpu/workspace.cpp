@@ -34,8 +34,7 @@ Workspace& Workspace::with_room(std::size_t bytes) {
   if (bytes > workspace.capacity_) {
     workspace.memory_.reset();
     workspace.capacity_ = 0;
-    workspace.memory_.reset(
-        static_cast<std::byte*>(::operator new(bytes, std::align_val_t{cache_line})));
+    workspace.memory_.reset(allocate(bytes));
     workspace.capacity_ = bytes;
   }
   return workspace;

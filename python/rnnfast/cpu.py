@@ -95,13 +95,7 @@ def backward(
     dw_ih = x.new_empty(rows, I) if want_w_ih else None
     dw_hh = x.new_empty(rows, H) if want_w_hh or want_b else None  # db comes with dw_hh
     db = x.new_empty(rows) if want_b else None
-    # The core always writes the gradients of the initial states: unwanted ones go behind da.
-    spare_h0, spare_c0 = not want_h0, c0 is not None and not want_c0
-    scratch = x.new_empty((T * rows + (spare_h0 + spare_c0) * H) * B)
-    da = scratch.data_ptr()
-    behind = da + T * B * rows * x.itemsize
-    dh0_at = behind if spare_h0 else dh0.data_ptr()
-    dc0_at = behind + spare_h0 * B * H * x.itemsize if spare_c0 else _address(dc0)
+    da = x.new_empty(T, B, rows) if k1 < T else None
     da_windows = x.new_empty(2, -(-T // k1) * B, rows) if k2 > k1 else None
     getattr(core, _BACKWARD[x.dtype])(
         cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2,
@@ -109,6 +103,6 @@ def backward(
         x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), h0.data_ptr(), _address(c0),
         y.data_ptr(), _address(c), _address(gates),
         _address(dx), _address(dw_ih), _address(dw_hh), _address(db),
-        dh0_at, dc0_at, da, _address(da_windows),
+        _address(dh0), _address(dc0), _address(da), _address(da_windows),
     )  # fmt: skip
     return dx, dh0, dc0, dw_ih, dw_hh if want_w_hh else None, db

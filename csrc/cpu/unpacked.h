@@ -29,30 +29,33 @@ struct UnpackedColumns {
   }
 
  private:
+  // Columns read at once. Rows of a power of two fall into the same sets of the L1 cache: with more of them
+  // under way than a set has ways, lines would leave before they are used.
+  static constexpr int streams = std::min(8, Vec<Real>::width);
+
   // a . each column of vector v; lanes behind the last column repeat it.
   Vec<Real> dot(const Real* a, Index panel, Index v) const {
     using V = Vec<Real>;
     const Index lanes = columns.lanes(panel, v);
     const Real* first = weights + columns.column(panel, v) * k_count;
-    const Real* row[V::width];
     V sum[V::width];
-#pragma GCC unroll 16
-    for (int lane = 0; lane < V::width; ++lane) {
-      row[lane] = first + std::min<Index>(lane, lanes - 1) * k_count;
-      sum[lane] = V(Real(0));
-    }
-    Index k = 0;
-    for (; k + V::width <= k_count; k += V::width) {
-      const V factor = V::load(a + k);
-#pragma GCC unroll 16
-      for (int lane = 0; lane < V::width; ++lane)
-        sum[lane] = fma(factor, V::load(row[lane] + k), sum[lane]);
-    }
-    if (k < k_count) {
-      const V factor = V::load(a + k, k_count - k);
-#pragma GCC unroll 16
-      for (int lane = 0; lane < V::width; ++lane)
-        sum[lane] = fma(factor, V::load(row[lane] + k, k_count - k), sum[lane]);
+#pragma GCC unroll 4
+    for (int lane = 0; lane < V::width; lane += streams) {
+      const Real* row[streams];
+#pragma GCC unroll 8
+      for (int i = 0; i < streams; ++i) {
+        row[i] = first + std::min<Index>(lane + i, lanes - 1) * k_count;
+        sum[lane + i] = V(Real(0));
+      }
+      const auto add = [&](Index k, Index terms) RNNFAST_LAMBDA {
+        const V factor = V::load(a + k, terms);
+#pragma GCC unroll 8
+        for (int i = 0; i < streams; ++i)
+          sum[lane + i] = fma(factor, V::load(row[i] + k, terms), sum[lane + i]);
+      };
+      Index k = 0;
+      for (; k + V::width <= k_count; k += V::width) add(k, V::width);
+      if (k < k_count) add(k, k_count - k);
     }
     transpose_square<Real>(sum);
     V total = sum[0];

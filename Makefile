@@ -5,7 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint install develop clean
+# What `make native` and `make sanitize` build, and from what.
+NATIVE := build/native
+
+.PHONY: demo test lint install develop clean native sanitize counts
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +29,30 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The core without Python: kernels against plain loops, and that no object holds code that the linker
+# could merge into another instruction set's.
+native: $(BIN)/ninja
+	$(call native_test,plain)
+
+# The same programs with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer.
+sanitize: $(BIN)/ninja
+	$(call native_test,address,-DRNNFAST_SANITIZE='address;undefined')
+	$(call native_test,thread,-DRNNFAST_SANITIZE=thread)
+
+# Instructions of five small cases, against those kept in benchmarks/counts.json.
+counts: native
+	$(BIN)/python -m benchmarks.counts
+
+$(BIN)/ninja: $(BIN)/python
+	$(BIN)/python -m pip install --quiet cmake ninja
+
+define native_test
+	$(BIN)/cmake -S tests/native -B $(NATIVE)/$(1) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja $(2)
+	$(BIN)/cmake --build $(NATIVE)/$(1) --parallel $(WORKERS)
+	$(BIN)/ctest --test-dir $(NATIVE)/$(1) --output-on-failure
+endef
 
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo

@@ -3,14 +3,15 @@
 
 function(rnnfast_add_isa name)
   cmake_parse_arguments(ISA "" "" "FLAGS" ${ARGN})
-  add_library(kernels_${name} OBJECT csrc/cpu/kernels.cpp)
+  add_library(kernels_${name} OBJECT ${RNNFAST_ROOT}/csrc/cpu/kernels.cpp)
   target_compile_features(kernels_${name} PRIVATE cxx_std_17)
   target_compile_definitions(kernels_${name} PRIVATE RNNFAST_ISA=${name})
   target_compile_options(kernels_${name} PRIVATE ${RNNFAST_FLAGS} ${ISA_FLAGS})
   set_target_properties(kernels_${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
   string(TOUPPER ${name} upper)
-  target_sources(_core PRIVATE $<TARGET_OBJECTS:kernels_${name}>)
-  target_compile_definitions(_core PRIVATE RNNFAST_BUILT_${upper})
+  target_sources(rnnfast_cpu PRIVATE $<TARGET_OBJECTS:kernels_${name}>)
+  target_compile_definitions(rnnfast_cpu PRIVATE RNNFAST_BUILT_${upper})
+  set(RNNFAST_ISAS ${RNNFAST_ISAS} kernels_${name} PARENT_SCOPE)
 endfunction()
 
 rnnfast_add_isa(baseline)

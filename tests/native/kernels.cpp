@@ -1,0 +1,372 @@
+// Every kernel against plain loops: for each instruction set of this processor, on arrays whose edges are
+// guarded (array.h), called by three threads at once that share inputs and ask for 1, 2 and 5 threads.
+//
+// This is what the sanitizers run. Each call is made by a thread of its own, so its workspace is as large as
+// the call needs and no larger, and a read past its end shows too.
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "array.h"
+#include "check.h"
+#include "cpu/kernels.h"
+#include "cpu/team.h"
+#include "openmp.h"
+#include "plain.h"
+
+namespace {
+
+using rnnfast::Cell;
+using rnnfast::Index;
+
+std::atomic<int> failures{0};
+
+void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED %s\n", what.c_str());
+  ++failures;
+}
+
+struct Case {
+  Cell cell;
+  Index T, B, I, H;
+  bool reverse = false;
+  Index k1 = 0, k2 = 0;  // 0: not truncated
+  bool lean = false;     // everything that may be absent is
+
+  Index gate_rows() const { return rnnfast::gate_count(cell) * H; }
+  bool lstm() const { return cell == Cell::lstm; }
+  Index block() const { return k1 ? k1 : T; }
+  Index window() const { return k1 ? k2 : T; }
+  std::string name() const {
+    const char* cells[] = {"lstm", "tanh", "relu"};
+    std::string text = cells[int(cell)];
+    for (Index size : {T, B, I, H}) text += " " + std::to_string(size);
+    if (reverse) text += " reverse";
+    if (k1) text += " k " + std::to_string(k1) + " " + std::to_string(k2);
+    return lean ? text + " lean" : text;
+  }
+};
+
+// Inputs of one case as the kernels read them, and what must come out. Pre-activations are of order one
+// whatever the sizes, else saturated gates would hide mistakes behind derivatives of zero.
+template <class Real>
+struct Problem {
+  Case shape;
+  Array<Real> x, w_ih, w_hh, b_ih, b_hh, h0, c0, dy, dh_n, dc_n, dc;
+  plain::Outputs outputs;
+  plain::Gradients gradients;
+
+  explicit Problem(const Case& shape) : shape(shape) {
+    const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows();
+    const Index state = shape.lstm() ? B * H : 0;
+    plain::Layer layer{shape.cell, T, B, I, H, shape.reverse, {}, {}, {}, {}, {}, {}, {}};
+    plain::Cotangents up;
+    const double bound = 1 / std::sqrt(double(H));
+    fill(x, layer.x, T * B * I, std::sqrt(3.0 * double(H) / double(std::max<Index>(I, 1))));
+    fill(w_ih, layer.w_ih, GH * I, bound);
+    fill(w_hh, layer.w_hh, GH * H, bound);
+    fill(b_ih, layer.b_ih, GH, shape.lean ? 0 : 1);
+    fill(b_hh, layer.b_hh, GH, shape.lean ? 0 : 1);
+    fill(h0, layer.h0, B * H, 1);
+    fill(c0, layer.c0, state, 2);
+    fill(dy, up.dy, T * B * H, 2);
+    fill(dh_n, up.dh_n, B * H, shape.lean ? 0 : 2);
+    fill(dc_n, up.dc_n, state, shape.lean ? 0 : 2);
+    fill(dc, up.dc, T * state, shape.lean ? 0 : 2);
+    outputs = plain::forward(layer);
+    gradients = plain::backward(layer, outputs, up, shape.block(), shape.window());
+  }
+
+ private:
+  std::mt19937_64 random_{1};
+
+  void fill(Array<Real>& array, plain::Values& values, Index count, double bound) {
+    array = Array<Real>(count);
+    std::uniform_real_distribution<double> uniform(-bound, bound);
+    for (Real& element : array) element = bound == 0 ? Real(0) : Real(uniform(random_));
+    values.assign(array.begin(), array.end());
+  }
+};
+
+// What one call of the kernels wrote.
+template <class Real>
+struct Results {
+  Array<Real> y, h_n, c_n, c, gates, y_lean, dx, dw_ih, dw_hh, db, dh0, dc0;
+};
+
+template <class Real>
+Results<Real> run(const Problem<Real>& problem, int threads) {
+  const Case& shape = problem.shape;
+  const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows();
+  const Index state = shape.lstm() ? B * H : 0;
+  const bool lean = shape.lean;
+  const auto optional = [&](const Array<Real>& array) { return lean ? nullptr : array.data(); };
+  const auto lstm_only = [&](auto& array) { return shape.lstm() ? array.data() : nullptr; };
+
+  Results<Real> out;
+  for (Array<Real>* array : {&out.y, &out.y_lean}) *array = Array<Real>(T * B * H);
+  out.h_n = Array<Real>(B * H);
+  out.c_n = Array<Real>(state);
+  out.c = Array<Real>(T * state);
+  out.gates = Array<Real>(4 * T * state);
+  rnnfast::LayerForward<Real> forward{};
+  forward.shape = {shape.cell, T, B, I, H, shape.reverse, threads};
+  forward.x = problem.x.data();
+  forward.w_ih = problem.w_ih.data();
+  forward.w_hh = problem.w_hh.data();
+  forward.b_ih = optional(problem.b_ih);
+  forward.b_hh = optional(problem.b_hh);
+  forward.h0 = problem.h0.data();
+  forward.c0 = lstm_only(problem.c0);
+  forward.h_n = out.h_n.data();
+  forward.c_n = lstm_only(out.c_n);
+  const auto call_forward = [&] {
+    if (check(forward) != rnnfast::Status::ok) fail(shape.name() + ": refused by check");
+    rnnfast::cpu::kernels().of<Real>().forward(forward);
+  };
+  forward.y = out.y_lean.data();  // nothing kept for a backward pass
+  call_forward();
+  forward.y = out.y.data();
+  forward.c = lstm_only(out.c);
+  forward.gates = lstm_only(out.gates);
+  call_forward();
+
+  out.dx = Array<Real>(lean ? 0 : T * B * I);
+  out.dw_ih = Array<Real>(GH * I);
+  out.dw_hh = Array<Real>(GH * H);
+  out.db = Array<Real>(GH);
+  out.dh0 = Array<Real>(B * H);
+  out.dc0 = Array<Real>(state);
+  Array<Real> da(T * B * GH), da_windows;
+  const Index blocks = (T + shape.block() - 1) / shape.block();
+  if (shape.window() > shape.block()) da_windows = Array<Real>(2 * blocks * B * GH);
+  rnnfast::LayerBackward<Real> backward{};
+  backward.shape = forward.shape;
+  backward.k1 = shape.block();
+  backward.k2 = shape.window();
+  backward.dy = problem.dy.data();
+  backward.dh_n = optional(problem.dh_n);
+  backward.dc_n = shape.lstm() ? optional(problem.dc_n) : nullptr;
+  backward.dc = shape.lstm() ? optional(problem.dc) : nullptr;
+  backward.x = problem.x.data();
+  backward.w_ih = problem.w_ih.data();
+  backward.w_hh = problem.w_hh.data();
+  backward.h0 = problem.h0.data();
+  backward.c0 = forward.c0;
+  backward.y = out.y.data();
+  backward.c = forward.c;
+  backward.gates = forward.gates;
+  backward.dx = lean ? nullptr : out.dx.data();
+  backward.dw_ih = out.dw_ih.data();
+  backward.dw_hh = out.dw_hh.data();
+  backward.db = out.db.data();
+  backward.dh0 = out.dh0.data();
+  backward.dc0 = lstm_only(out.dc0);
+  backward.da = da.data();
+  backward.da_windows = da_windows.data();
+  if (check(backward) != rnnfast::Status::ok) fail(shape.name() + ": refused by check");
+  rnnfast::cpu::kernels().of<Real>().backward(backward);
+  return out;
+}
+
+double largest(const plain::Values& values) {
+  double most = 0;
+  for (double value : values) most = std::max(most, std::abs(value));
+  return most;
+}
+
+// The bound of tests/tolerance.py, which says where it comes from: rounding errors of T steps over sums of
+// K terms, relative to the largest magnitude of the expected array or, for gradients, of all of them.
+template <class Real>
+void expect_close(const std::string& what, const Array<Real>& got, const plain::Values& want, Index K,
+                  Index T, double scale = 0) {
+  const double allowed = 2.0 * std::numeric_limits<Real>::epsilon() *
+                         std::sqrt(double(K + 16) * double(std::max<Index>(T, 1))) *
+                         std::max(largest(want), scale);
+  for (Index n = 0; n < got.size(); ++n) {
+    const double error = std::abs(double(got[n]) - want[std::size_t(n)]);
+    if (error <= allowed) continue;  // NaN is not
+    return fail(what + "[" + std::to_string(n) + "]: off by " + std::to_string(error / allowed) +
+                " times what rounding explains");
+  }
+}
+
+template <class Real>
+void expect_results(const std::string& name, const Problem<Real>& problem, const Results<Real>& got) {
+  const Case& shape = problem.shape;
+  const plain::Outputs& out = problem.outputs;
+  const plain::Gradients& grad = problem.gradients;
+  const Index forward = shape.I + shape.H;
+  const auto output = [&](const char* what, const Array<Real>& array, const plain::Values& want) {
+    expect_close(name + ": " + what, array, want, forward, shape.T);
+  };
+  output("y", got.y, out.y);
+  output("y, nothing kept", got.y_lean, out.y);
+  output("h_n", got.h_n, out.h_n);
+  output("c_n", got.c_n, out.c_n);
+  output("c", got.c, out.c);
+  output("gates", got.gates, out.gates);
+  const Index backward = forward + shape.gate_rows() + shape.T * shape.B;
+  double scale = 2;  // the cotangents
+  for (const plain::Values* values :
+       {&grad.dx, &grad.dw_ih, &grad.dw_hh, &grad.db, &grad.dh0, &grad.dc0})
+    scale = std::max(scale, largest(*values));
+  const auto gradient = [&](const char* what, const Array<Real>& array, const plain::Values& want) {
+    expect_close(name + ": " + what, array, want, backward, shape.T, scale);
+  };
+  gradient("dx", got.dx, grad.dx);
+  gradient("dw_ih", got.dw_ih, grad.dw_ih);
+  gradient("dw_hh", got.dw_hh, grad.dw_hh);
+  gradient("db", got.db, grad.db);
+  gradient("dh0", got.dh0, grad.dh0);
+  gradient("dc0", got.dc0, grad.dc0);
+}
+
+template <class Real>
+void expect_same(const std::string& name, const Results<Real>& a, const Results<Real>& b) {
+  const auto same = [&](const char* what, const Array<Real>& one, const Array<Real>& other) {
+    if (std::memcmp(one.data(), other.data(), sizeof(Real) * std::size_t(one.size())) != 0)
+      fail(name + ": " + what + " depends on the number of threads");
+  };
+  same("y", a.y, b.y);
+  same("h_n", a.h_n, b.h_n);
+  same("c_n", a.c_n, b.c_n);
+  same("c", a.c, b.c);
+  same("gates", a.gates, b.gates);
+  same("y, nothing kept", a.y_lean, b.y_lean);
+  same("dx", a.dx, b.dx);
+  same("dw_ih", a.dw_ih, b.dw_ih);
+  same("dw_hh", a.dw_hh, b.dw_hh);
+  same("db", a.db, b.db);
+  same("dh0", a.dh0, b.dh0);
+  same("dc0", a.dc0, b.dc0);
+}
+
+constexpr int thread_counts[] = {1, 2, 5};
+
+template <class Real>
+void test_layer(const Case& shape) {
+  const Problem<Real> problem(shape);
+  for (const std::string& isa : rnnfast::cpu::available_isas()) {
+    rnnfast::cpu::use_isa(isa);
+    Results<Real> results[3];
+    std::vector<std::thread> callers;
+    for (int n = 0; n < 3; ++n)
+      callers.emplace_back([&, n] { results[n] = run(problem, thread_counts[n]); });
+    for (std::thread& caller : callers) caller.join();
+    const std::string name = isa + (sizeof(Real) == 4 ? " float " : " double ") + shape.name();
+    expect_results(name, problem, results[0]);
+    for (int n = 1; n < 3; ++n) expect_same(name, results[0], results[n]);
+  }
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> list;
+  constexpr Index sizes[][4] = {{1, 1, 1, 1},    {1, 3, 2, 17},   {3, 7, 5, 3},   {5, 3, 17, 16},
+                                {3, 2, 65, 33},  {2, 130, 3, 5},  {4, 5, 0, 7},   {2, 0, 3, 4},
+                                {30, 1, 20, 65}, {14, 9, 31, 40}, {7, 33, 16, 31}};
+  int n = 0;  // options go round, so that each meets many sizes
+  for (const auto& [T, B, I, H] : sizes) {
+    for (Cell cell : {Cell::lstm, Cell::rnn_tanh, Cell::rnn_relu}) {
+      const Index blocks = (T + 1) / 2;
+      const Index truncations[][2] = {{0, 0}, {1, 1}, {std::min<Index>(2, T), std::min<Index>(3, T)},
+                                      {0, 0}, {std::min<Index>(2, T), T > 1 ? 2 * blocks : 1}};
+      const auto& [k1, k2] = truncations[n % 5];
+      list.push_back({cell, T, B, I, H, n % 2 == 1, k1, k2, n % 3 == 2});
+      ++n;
+    }
+  }
+  // Long enough for threads to pay, one row only: threads can but share the hidden units.
+  for (Cell cell : {Cell::lstm, Cell::rnn_tanh}) list.push_back({cell, 40, 1, 24, 150});
+  return list;
+}
+
+// evaluate and sum, over every length up to a few vectors.
+template <class Real>
+void test_arrays() {
+  using rnnfast::cpu::Function;
+  for (const std::string& isa : rnnfast::cpu::available_isas()) {
+    rnnfast::cpu::use_isa(isa);
+    for (Index count = 0; count < 70; ++count) {
+      Array<Real> x(count);
+      plain::Values exp(count), tanh(count), sigmoid(count), sum(1);
+      for (Index n = 0; n < count; ++n) {
+        x[n] = Real(n - 35) / 8;
+        exp[n] = std::exp(double(x[n]));
+        tanh[n] = std::tanh(double(x[n]));
+        sigmoid[n] = plain::sigmoid(x[n]);
+        sum[0] += x[n];
+      }
+      const auto expect = [&](Function function, const char* what, const plain::Values& want) {
+        Array<Real> y(count);
+        rnnfast::cpu::kernels().of<Real>().evaluate(function, count, x.data(), y.data());
+        expect_close(isa + " " + what, y, want, 1, 1);
+      };
+      expect(Function::exp, "exp", exp);
+      expect(Function::tanh, "tanh", tanh);
+      expect(Function::sigmoid, "sigmoid", sigmoid);
+      Array<Real> total(1);
+      total[0] = rnnfast::cpu::kernels().of<Real>().sum(count, x.data());
+      expect_close(isa + " sum", total, sum, count, 1, 35.0 / 8 * double(count));
+    }
+  }
+}
+
+// Each thread reads what its neighbour wrote before the barrier, over and over.
+void test_barrier() {
+  for (int threads : {2, 3, 5}) {
+    constexpr int rounds = 500;
+    std::vector<int> written(std::size_t(2 * threads), 0);
+    std::vector<int> wrong(std::size_t(threads), 0);
+    auto body = [&](rnnfast::cpu::Team& team) {
+      for (int round = 1; round <= rounds; ++round) {
+        int* slots = written.data() + round % 2 * team.size;
+        slots[team.rank] = round;
+        team.barrier();
+        wrong[std::size_t(team.rank)] += slots[(team.rank + 1) % team.size] != round;
+      }
+    };
+    rnnfast::cpu::run_team(threads, body);
+    for (int count : wrong)
+      if (count) fail("barrier of " + std::to_string(threads) + " let a thread pass too early");
+  }
+}
+
+// The first use of the kernels in the process, by several threads at once.
+void test_first_use() {
+  const rnnfast::cpu::Kernels* chosen[4];
+  std::vector<std::thread> callers;
+  for (auto& choice : chosen) callers.emplace_back([&] { choice = &rnnfast::cpu::kernels(); });
+  for (std::thread& caller : callers) caller.join();
+  for (const auto* choice : chosen)
+    if (choice != chosen[0]) fail("threads chose different instruction sets");
+}
+
+}  // namespace
+
+int main() {
+  test_first_use();
+  test_barrier();
+  test_arrays<float>();
+  test_arrays<double>();
+  int count = 0;
+  for (const Case& shape : cases()) {
+    const int before = regions_with_several_threads();
+    test_layer<float>(shape);
+    test_layer<double>(shape);
+    ++count;
+    // Else the threads' part of the kernels would go untested in silence.
+    if (shape.B == 1 && shape.T >= 40 && regions_with_several_threads() == before)
+      fail(shape.name() + ": no call used a second thread");
+  }
+  std::string isas;
+  for (const std::string& isa : rnnfast::cpu::available_isas()) isas += " " + isa;
+  std::printf("%d cases, float and double, by%s: %d failures; %d calls ran on several threads\n", count,
+              isas.c_str(), failures.load(), regions_with_several_threads());
+  return failures ? 1 : 0;
+}

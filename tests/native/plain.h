@@ -1,0 +1,147 @@
+// The layer in plain loops and double precision: what the kernels must agree with.
+//
+// Written from csrc/rnnfast.h alone, sharing no code with the kernels. python/rnnfast/reference.py is the
+// textbook; this is for programs that have no Python.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "rnnfast.h"
+
+namespace plain {
+
+using rnnfast::Cell;
+using rnnfast::Index;
+using Values = std::vector<double>;
+
+struct Layer {
+  Cell cell;
+  Index T, B, I, H;
+  bool reverse;
+  Values x, w_ih, w_hh, b_ih, b_hh, h0, c0;
+
+  Index gates() const { return rnnfast::gate_count(cell); }
+  Index time(Index p) const { return reverse ? T - 1 - p : p; }
+};
+
+struct Outputs {
+  Values y, h_n, c_n, c, gates;
+};
+
+struct Cotangents {
+  Values dy, dh_n, dc_n, dc;
+};
+
+struct Gradients {
+  Values dx, dw_ih, dw_hh, db, dh0, dc0;
+};
+
+inline double sigmoid(double a) { return 1 / (1 + std::exp(-a)); }
+
+// A row of state in processing order: the step before the first is the initial state.
+inline const double* row_before(const Layer& layer, Index p, Index b, const Values& initial,
+                                const Values& steps) {
+  return p == 0 ? &initial[b * layer.H] : &steps[(layer.time(p - 1) * layer.B + b) * layer.H];
+}
+
+inline Outputs forward(const Layer& layer) {
+  const Index T = layer.T, B = layer.B, I = layer.I, H = layer.H, G = layer.gates();
+  const bool lstm = layer.cell == Cell::lstm;
+  Outputs out{Values(T * B * H), layer.h0, layer.c0, Values(lstm ? T * B * H : 0),
+              Values(lstm ? T * B * 4 * H : 0)};
+  Values a(G * H);
+  for (Index p = 0; p < T; ++p) {
+    for (Index b = 0; b < B; ++b) {
+      const Index row = layer.time(p) * B + b;
+      const double* h_prev = row_before(layer, p, b, layer.h0, out.y);
+      for (Index n = 0; n < G * H; ++n) {
+        a[n] = layer.b_ih[n] + layer.b_hh[n];
+        for (Index k = 0; k < I; ++k) a[n] += layer.x[row * I + k] * layer.w_ih[n * I + k];
+        for (Index k = 0; k < H; ++k) a[n] += h_prev[k] * layer.w_hh[n * H + k];
+      }
+      for (Index u = 0; u < H; ++u) {
+        double h;
+        if (lstm) {
+          double* gate = &out.gates[row * 4 * H + u];
+          const double i = gate[0] = sigmoid(a[u]), f = gate[H] = sigmoid(a[H + u]);
+          const double g = gate[2 * H] = std::tanh(a[2 * H + u]), o = gate[3 * H] = sigmoid(a[3 * H + u]);
+          const double c = f * row_before(layer, p, b, layer.c0, out.c)[u] + i * g;
+          h = o * std::tanh(c);
+          out.c[row * H + u] = out.c_n[b * H + u] = c;
+        } else {
+          h = layer.cell == Cell::rnn_tanh ? std::tanh(a[u]) : std::max(a[u], 0.0);
+        }
+        out.y[row * H + u] = out.h_n[b * H + u] = h;
+      }
+    }
+  }
+  return out;
+}
+
+// TBPTT(k1, k2): for each block of losses, back through its window.
+inline Gradients backward(const Layer& layer, const Outputs& out, const Cotangents& up, Index k1,
+                          Index k2) {
+  const Index T = layer.T, B = layer.B, I = layer.I, H = layer.H, GH = layer.gates() * H;
+  const bool lstm = layer.cell == Cell::lstm;
+  Gradients grad{Values(T * B * I), Values(GH * I), Values(GH * H),
+                 Values(GH),        Values(B * H),  Values(lstm ? B * H : 0)};
+  Values da(GH);
+  for (Index first = 0; first < T; first += k1) {
+    const Index last = std::min(first + k1, T) - 1;  // the block, in time
+    const Index begin = layer.reverse ? T - 1 - last : first;  // the same in processing order
+    const Index end = layer.reverse ? T - first : last + 1;
+    for (Index b = 0; b < B; ++b) {
+      Values dh(H), dc(H);
+      for (Index p = end - 1; p >= std::max<Index>(begin - (k2 - k1), 0); --p) {
+        const Index row = layer.time(p) * B + b;
+        const double* h_prev = row_before(layer, p, b, layer.h0, out.y);
+        for (Index u = 0; u < H; ++u) {
+          if (p >= begin) {
+            dh[u] += up.dy[row * H + u];
+            if (p == T - 1) dh[u] += up.dh_n[b * H + u];
+          }
+          if (!lstm) {
+            const double h = out.y[row * H + u];
+            da[u] = layer.cell == Cell::rnn_tanh ? dh[u] * (1 - h * h) : h > 0 ? dh[u] : 0;
+            continue;
+          }
+          if (p >= begin) {
+            dc[u] += up.dc[row * H + u];
+            if (p == T - 1) dc[u] += up.dc_n[b * H + u];
+          }
+          const double* gate = &out.gates[row * 4 * H + u];
+          const double i = gate[0], f = gate[H], g = gate[2 * H], o = gate[3 * H];
+          const double tanh_c = std::tanh(out.c[row * H + u]);
+          dc[u] += dh[u] * o * (1 - tanh_c * tanh_c);
+          da[u] = dc[u] * g * i * (1 - i);
+          da[H + u] = dc[u] * row_before(layer, p, b, layer.c0, out.c)[u] * f * (1 - f);
+          da[2 * H + u] = dc[u] * i * (1 - g * g);
+          da[3 * H + u] = dh[u] * tanh_c * o * (1 - o);
+          dc[u] *= f;
+        }
+        std::fill(dh.begin(), dh.end(), 0.0);
+        for (Index n = 0; n < GH; ++n) {
+          grad.db[n] += da[n];
+          for (Index k = 0; k < I; ++k) {
+            grad.dw_ih[n * I + k] += da[n] * layer.x[row * I + k];
+            grad.dx[row * I + k] += da[n] * layer.w_ih[n * I + k];
+          }
+          for (Index k = 0; k < H; ++k) {
+            grad.dw_hh[n * H + k] += da[n] * h_prev[k];
+            dh[k] += da[n] * layer.w_hh[n * H + k];
+          }
+        }
+      }
+      if (begin - (k2 - k1) > 0) continue;  // the window does not reach the initial state
+      for (Index u = 0; u < H; ++u) {
+        grad.dh0[b * H + u] += dh[u];
+        if (lstm) grad.dc0[b * H + u] += dc[u];
+      }
+    }
+  }
+  return grad;
+}
+
+}  // namespace plain

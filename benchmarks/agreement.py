@@ -20,6 +20,10 @@ import torch
 # thousands of entries of a tensor their norms differ by far less than this factor.
 SAFETY = 4.0
 
+# Peers approximate exp and tanh more or less well, which is their business; a gate in the wrong
+# place or a missing bias moves results by far more than this.
+PEER_ERROR = 1e-4
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -52,6 +56,27 @@ def check_agreement(
             raise DisagreementError(
                 f"{what}: {name} of rnnfast is off by {error:.2g} relative to float64, "
                 f"rounding explains at most {allowed:.2g}"
+            )
+
+
+def check_peer(what: str, peer: str, values: Tensors, exact: Tensors) -> None:
+    """Sees to it that a peer computes the same layer.
+
+    Args:
+        what: the thing compared, for the error message.
+        peer: the name of the peer, for the error message.
+        values: its results by name.
+        exact: results of torch in float64, by the same names.
+
+    Raises:
+        DisagreementError: a result is off by more than PEER_ERROR, or is NaN.
+    """
+    for name, value in exact.items():
+        error = relative_error(values[name], value)
+        if not error <= PEER_ERROR:
+            raise DisagreementError(
+                f"{what}: {name} of {peer} is off by {error:.2g} relative to float64, "
+                f"so it does not compute this layer"
             )
 
 

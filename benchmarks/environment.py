@@ -16,6 +16,7 @@ import rnnfast
 import torch
 from rnnfast import _native
 
+from . import peers
 from .peaks import ITEMSIZE, Peaks
 from .shapes import Shape
 
@@ -25,7 +26,7 @@ CPUINFO = Path("/proc/cpuinfo")
 READINGS = 3
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment(other_peers: Iterable[str] = ()) -> dict[str, Any]:
     """Processor, cores this process may use, versions, build of rnnfast, date in UTC."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -34,6 +35,7 @@ def describe_environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "peers": {name: peers.version(name) for name in other_peers},
         "rnnfast": rnnfast.build_info(),
         "variables": {
             name: value

@@ -1,13 +1,15 @@
-"""The single layer in torch.nn and in rnnfast, forward and training, as calls to be timed."""
+"""The single layer in torch.nn, rnnfast and peers, forward and training, as calls to be timed."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import rnnfast
 import torch
 
-from .agreement import check_agreement
+from . import peers
+from .agreement import check_agreement, check_peer
 from .shapes import GATES, Shape, is_step
 from .timing import Call
 
@@ -18,12 +20,26 @@ LAYERS = {
 
 
 class LayerProblem:
-    """One shape: the same weights, input x (T, B, I) and output gradient dy (T, B, H) for both.
+    """One shape: the same weights, input x (T, B, I) and output gradient dy (T, B, H) for all.
 
     A module for one step gets x (B, I), dy (B, H) and the state a loop over steps would carry.
+
+    Args:
+        shape: of the layer.
+        dtype: of all arrays; other peers know float32 only.
+        seed: of weights and inputs.
+        other_peers: names from peers.NAMES, for forward passes of layers.
+        threads: of those peers; torch and rnnfast use torch's number.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        seed: int = 0,
+        other_peers: Sequence[str] = (),
+        threads: int = 1,
+    ) -> None:
         torch.manual_seed(seed)
         self.shape = shape
         self.layers = {
@@ -35,15 +51,23 @@ class LayerProblem:
         self.dy = torch.randn(shape.steps, shape.batch, shape.hidden_size, dtype=dtype)
         if is_step(shape.cell):
             self.x, self.dy = self.x[0], self.dy[0]
+            other_peers = ()  # which have layers only
         self.states = torch.rand(2, shape.batch, shape.hidden_size, dtype=dtype)
+        self.peers = {
+            name: peers.open_peer(name, self.layers["torch"], self.x, threads)
+            for name in other_peers
+        }
 
     def calls(self, mode: str) -> dict[str, Call]:
-        """The call to be timed for torch and for rnnfast."""
+        """The call to be timed for torch, rnnfast and, forward, every other peer."""
         make = {"forward": self._forward_call, "training": self._training_call}[mode]
-        return {name: make(layer) for name, layer in self.layers.items()}
+        calls = {name: make(layer) for name, layer in self.layers.items()}
+        if mode == "forward":
+            calls |= {name: peer.run for name, peer in self.peers.items()}
+        return calls
 
     def check(self, mode: str) -> None:
-        """Raises DisagreementError where rnnfast and torch differ by more than rounding."""
+        """Raises DisagreementError where results differ by more than rounding."""
         layers = {**self.layers, "exact": copy.deepcopy(self.layers["torch"]).double()}
         computed = {name: self._results(layer, mode) for name, layer in layers.items()}
         # The longest sums: a gate over its inputs, dh over gates, a weight gradient over rows.
@@ -57,6 +81,9 @@ class LayerProblem:
             computed["exact"],
             terms,
         )
+        if mode == "forward":
+            for name, peer in self.peers.items():
+                check_peer(f"{self.shape} {mode}", name, peer.outputs(), computed["exact"])
 
     def _state(self, dtype: torch.dtype) -> tuple:
         """The state as an argument, if there is to be one."""

@@ -33,7 +33,7 @@ def markdown(run: Run, detail: str = "summary") -> str:
     for table in (layer_table(run), tables.mean_table(run), tables.step_table(run)):
         if table.rows:
             parts.append(_markdown_table(table))
-    return "\n\n".join([*parts, tables.LEGEND])
+    return "\n\n".join([*parts, tables.legend(run)])
 
 
 def _markdown_table(table: tables.Table) -> str:

@@ -33,7 +33,7 @@ class ImplausiblePeakError(Exception):
 
 @dataclass(frozen=True)
 class Compared:
-    """Timings of "torch" and "rnnfast" on the same work."""
+    """Timings of "torch", "rnnfast" and perhaps other peers on the same work."""
 
     timings: dict[str, Timing]
 
@@ -41,6 +41,17 @@ class Compared:
     def ratio(self) -> float:
         """Time of torch over time of rnnfast: above 1 where rnnfast is faster."""
         return ratio(self.timings, "torch", "rnnfast")
+
+    @property
+    def best_peer(self) -> str:
+        """The fastest candidate that is not rnnfast."""
+        peers = self.timings.keys() - {"rnnfast"}
+        return min(sorted(peers), key=lambda name: self.timings[name].median)
+
+    @property
+    def ratio_to_best(self) -> float:
+        """Time of the best peer over time of rnnfast."""
+        return ratio(self.timings, self.best_peer, "rnnfast")
 
 
 @dataclass(frozen=True)
@@ -95,11 +106,18 @@ class Run:
                     f"{self.peaks.flops / 1e9:.0f} GFLOP/s, so that peak is too low; measure again"
                 )
 
-    def geometric_means(self) -> dict[tuple[str, str], float]:
-        """Mean ratio by cell and mode, in the order of the results."""
+    @property
+    def other_peers(self) -> list[str]:
+        """Peers besides torch that any layer was timed with."""
+        names = dict.fromkeys(name for result in self.layers for name in result.timings)
+        return [name for name in names if name not in ("torch", "rnnfast")]
+
+    def geometric_means(self, to_best: bool = False) -> dict[tuple[str, str], float]:
+        """Mean ratio, to torch or to the best peer, by cell and mode, ordered as the results."""
         ratios: dict[tuple[str, str], list[float]] = {}
         for result in self.layers:
-            ratios.setdefault((result.shape.cell, result.mode), []).append(result.ratio)
+            of_kind = ratios.setdefault((result.shape.cell, result.mode), [])
+            of_kind.append(result.ratio_to_best if to_best else result.ratio)
         return {key: statistics.geometric_mean(values) for key, values in ratios.items()}
 
 

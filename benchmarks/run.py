@@ -1,7 +1,8 @@
 """Times rnnfast against torch.nn in one process and prints every time beside its floor.
 
-``python -m benchmarks.run --suite quick`` takes seconds, ``--suite full`` minutes. See
-benchmarks/timing.py for how the timing keeps the candidates apart.
+``python -m benchmarks.run --suite quick`` takes seconds, ``--suite full`` and ``--suite wide``
+minutes. ``--peers torch,onnxruntime,openvino`` times forward passes of those libraries too
+(``pip install .[bench]``). See benchmarks/timing.py for how the candidates are kept apart.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from . import results, tables, timing
+from . import peers, results, tables, timing
 from .agreement import DisagreementError
 from .environment import describe_environment, measure_peaks
 from .language_model import StepProblem
@@ -38,18 +39,20 @@ def run_benchmarks(
     rounds: int,
     seed: int,
     progress: Console,
+    other_peers: Sequence[str] = (),
 ) -> Run:
     """Checks and times every shape in every mode, and the language models if asked.
 
     Raises:
-        DisagreementError: rnnfast and torch differ by more than rounding.
+        DisagreementError: candidates differ by more than rounding.
+        RestlessError: threads of a candidate do not go to sleep.
     """
     torch.set_num_threads(threads)
     torch_dtype = getattr(torch, dtype)
-    peaks = measure_peaks(shapes, threads, dtype)
+    ceilings = measure_peaks(shapes, threads, dtype)
     layers, steps = [], []
     for shape in shapes:
-        problem = LayerProblem(shape, torch_dtype, seed)
+        problem = LayerProblem(shape, torch_dtype, seed, other_peers, threads)
         for mode in modes:
             progress.print(f"{shape} {mode}", style="dim")
             problem.check(mode)
@@ -67,7 +70,7 @@ def run_benchmarks(
         "pause_seconds": timing.PAUSE_SECONDS,
         "seed": seed,
     }
-    return Run(describe_environment(), settings, peaks, layers, steps)
+    return Run(describe_environment(other_peers), settings, ceilings, layers, steps)
 
 
 def print_run(run: Run, console: Console) -> None:
@@ -76,7 +79,7 @@ def print_run(run: Run, console: Console) -> None:
     for table in (tables.layer_table(run), tables.mean_table(run), tables.step_table(run)):
         if table.rows:
             console.print(_rich_table(table))
-    console.print(tables.LEGEND)
+    console.print(tables.legend(run))
 
 
 def _rich_table(table: tables.Table) -> RichTable:
@@ -102,6 +105,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--modes", default=",".join(MODES), help="forward, training, or both with a comma between"
     )
+    parser.add_argument(
+        "--peers",
+        default="torch",
+        metavar="NAME,...",
+        help=f"torch and any of {', '.join(peers.NAMES)}, with commas between",
+    )
     parser.add_argument("--lm", action="store_true", help="language models too (as in full)")
     parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="float32")
     parser.add_argument("--threads", type=int, help="OpenMP threads; torch's default if left out")
@@ -119,6 +128,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [mode for mode in options.modes if mode not in MODES]
     if unknown:
         parser.error(f"--modes has {unknown[0]!r}, expected {' or '.join(MODES)}")
+    first, *options.peers = options.peers.split(",")
+    unknown = [name for name in options.peers if name not in peers.NAMES]
+    if first != "torch" or unknown:
+        parser.error(
+            f"--peers has {(unknown or [first])[0]!r}, expected torch and after it any of "
+            f"{', '.join(peers.NAMES)}"
+        )
+    if options.peers and options.dtype != "float32":
+        parser.error(f"--peers has {options.peers[0]!r}, which is timed in float32 only")
+    try:
+        for name in options.peers:
+            peers.require(name)
+    except peers.MissingPeerError as error:
+        parser.error(f"--peers: {error}")
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: there is no directory {options.json.parent}")
     try:
@@ -143,8 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds=options.rounds,
             seed=options.seed,
             progress=Console(stderr=True),
+            other_peers=options.peers,
         )
-    except DisagreementError as error:
+    except (DisagreementError, timing.RestlessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.json:

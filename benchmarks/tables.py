@@ -20,9 +20,11 @@ class Table:
 
 def layer_table(run: Run) -> Table:
     """Every measured number of every shape and mode."""
+    peers = run.other_peers
     headings = (
-        "T, B, I, H", "mode", "torch.nn ms", "rnnfast ms", "GFLOP/s", "of peak",
-        "floor ms", "bound", "of floor", "faster",
+        "T, B, I, H", "mode", "torch.nn ms", *(f"{name} ms" for name in peers), "rnnfast ms",
+        "GFLOP/s", "of peak", "floor ms", "bound", "of floor", "faster",
+        *(["than best"] if peers else []),
     )  # fmt: skip
     rows = [_layer_row(run, result) for result in run.layers]
     return Table("One layer", headings, rows, labels=2)
@@ -36,6 +38,10 @@ def _layer_row(run: Run, result: LayerResult) -> tuple[str, ...]:
         _shape_name(result),
         result.mode,
         _time_and_spread(result.timings["torch"]),
+        *(
+            _time_and_spread(result.timings[name]) if name in result.timings else ""
+            for name in run.other_peers
+        ),
         _time_and_spread(ours),
         significant(rate / 1e9),
         percent(rate / run.peaks.flops),
@@ -43,6 +49,7 @@ def _layer_row(run: Run, result: LayerResult) -> tuple[str, ...]:
         floor.bound,
         percent(floor.seconds / ours.median),
         times(result.ratio),
+        *([times(result.ratio_to_best)] if run.other_peers else []),
     )
 
 
@@ -56,32 +63,42 @@ def summary_table(run: Run) -> Table:
     by_shape: dict[str, dict[str, LayerResult]] = {}
     for result in run.layers:
         by_shape.setdefault(_shape_name(result), {})[result.mode] = result
+    # Only some modes are timed with more peers than torch.
+    with_peers = {result.mode for result in run.layers if len(result.timings) > 2}
     headings = ["T, B, I, H"]
     for mode in modes:
-        headings += [f"{mode}: torch.nn ms", "rnnfast ms", "of floor", "faster"]
+        headings += [f"{mode}: torch.nn ms"] + ["best peer ms"] * (mode in with_peers)
+        headings += ["rnnfast ms", "of floor", "faster"] + ["than best"] * (mode in with_peers)
     rows = []
     for name, results in by_shape.items():
         row = [name]
         for mode in modes:
-            row += _summary_cells(run, results[mode]) if mode in results else [""] * 4
+            cells = 6 if mode in with_peers else 4
+            row += _summary_cells(run, results[mode], cells) if mode in results else [""] * cells
         rows.append(tuple(row))
     return Table("One layer", tuple(headings), rows)
 
 
-def _summary_cells(run: Run, result: LayerResult) -> list[str]:
+def _summary_cells(run: Run, result: LayerResult, cells: int) -> list[str]:
     ours = result.timings["rnnfast"].median
-    return [
-        milliseconds(result.timings["torch"].median),
-        milliseconds(ours),
-        percent(run.floor(result).seconds / ours),
-        times(result.ratio),
-    ]
+    best = milliseconds(result.timings[result.best_peer].median)
+    share = percent(run.floor(result).seconds / ours)
+    torch_time = milliseconds(result.timings["torch"].median)
+    if cells == 4:
+        return [torch_time, milliseconds(ours), share, times(result.ratio)]
+    ratios = [times(result.ratio), times(result.ratio_to_best)]
+    return [torch_time, best, milliseconds(ours), share, *ratios]
 
 
 def mean_table(run: Run) -> Table:
     """Geometric mean of the ratios by cell and mode."""
-    rows = [(cell, mode, times(mean)) for (cell, mode), mean in run.geometric_means().items()]
-    return Table("Geometric means", ("cell", "mode", "faster"), rows, labels=2)
+    to_best = run.geometric_means(to_best=True)
+    columns = ["faster"] + ["than best"] * bool(run.other_peers)
+    rows = [
+        (*kind, *[times(mean), times(to_best[kind])][: len(columns)])
+        for kind, mean in run.geometric_means().items()
+    ]
+    return Table("Geometric means", ("cell", "mode", *columns), rows, labels=2)
 
 
 def step_table(run: Run) -> Table:
@@ -105,21 +122,30 @@ def step_table(run: Run) -> Table:
     return Table("One training step", headings, rows, labels=2)
 
 
-LEGEND = (
+_LEGEND = (
     "T steps, B batch rows, I input size, H hidden size; ±: half the distance between the "
     "quartiles of the rounds; of peak: arithmetic rate of rnnfast over the measured peak; of "
     "floor: the least time that arithmetic and reading W_hh from cache allow, over the time of "
-    "rnnfast; faster: time of torch.nn over time of rnnfast."
+    "rnnfast; faster: time of torch.nn over time of rnnfast"
 )
+
+
+def legend(run: Run) -> str:
+    """What the headings mean."""
+    if not run.other_peers:
+        return _LEGEND + "."
+    peers = " and ".join(["torch.nn", *run.other_peers])
+    return f"{_LEGEND}; than best: time of the fastest of {peers} over time of rnnfast."
 
 
 def caption(run: Run) -> str:
     """One sentence on the machine, the software and the way of timing."""
     environment, settings, peaks = run.environment, run.settings, run.peaks
     build = environment["rnnfast"]
+    peers = "".join(f"{name} {at}, " for name, at in environment.get("peers", {}).items())
     return (
         f"{environment['cpu']}, {_count(peaks.threads, 'thread')}, {peaks.dtype}, "
-        f"torch {environment['torch']}, rnnfast {build['version']} with {build['isa']}, "
+        f"torch {environment['torch']}, {peers}rnnfast {build['version']} with {build['isa']}, "
         f"{environment['date'][:10]}; measured peak "
         f"{significant(peaks.flops / 1e9)} GFLOP/s; "
         f"medians of {_count(settings['rounds'], 'round')}."

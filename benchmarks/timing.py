@@ -1,10 +1,11 @@
 """Timing of several candidates in one process without billing one for the habits of another.
 
 Alternating single calls would be wrong here: the thread pool of one library keeps spinning for some
-milliseconds after its call returns and takes the cores from the next one. So each candidate runs in
-blocks; before each block there is a pause, in which spinning threads go to sleep, and one untimed
-call, which wakes the candidate's own threads and fills the caches with its data. The order of the
-blocks is shuffled anew in every round, so that no candidate always has the same one before it.
+milliseconds after its call returns (ONNX Runtime's for about fifty) and takes the cores from the
+next one. So each candidate runs in blocks; before each block there are pauses until this process
+uses no processor time any more, and then one untimed call, which wakes the candidate's own threads
+and fills the caches with its data. The order of the blocks is shuffled anew in every round, so
+that no candidate always has the same one before it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ Call = Callable[[], object]
 BLOCK_SECONDS = 0.020
 PAUSE_SECONDS = 0.015
 ROUNDS = 9
+
+# Threads of this process that used less than this share of one core in a pause are asleep.
+RESTING_SHARE = 0.1
+LONGEST_REST_SECONDS = 2.0
+
+
+class RestlessError(Exception):
+    """Threads of this process keep spinning, so no candidate has the machine to itself."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ def time_candidates(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
+    cpu_clock: Callable[[], float] = time.process_time,
 ) -> dict[str, Timing]:
     """Times every candidate once in each round.
 
@@ -70,10 +80,14 @@ def time_candidates(
         candidates: a name and a call without arguments for each candidate.
         rounds: blocks per candidate.
         block_seconds: length a block aims at; a slower call is timed once per block.
-        pause_seconds: idle time before each block.
+        pause_seconds: idle time before each block, once or until all threads are asleep.
         seed: of the order of the blocks.
         clock: seconds, only differences count.
         sleep: pauses for that many seconds.
+        cpu_clock: processor seconds of this process.
+
+    Raises:
+        RestlessError: threads of a candidate do not go to sleep.
     """
     generator = random.Random(seed)
     order = list(candidates)
@@ -84,10 +98,25 @@ def time_candidates(
     for _ in range(rounds):
         generator.shuffle(order)
         for name in order:
-            sleep(pause_seconds)
+            rest(pause_seconds, sleep, cpu_clock)
             candidates[name]()
             blocks[name].append(time_block(candidates[name], calls_per_block[name], clock))
     return {name: Timing(calls_per_block[name], tuple(blocks[name])) for name in candidates}
+
+
+def rest(
+    pause_seconds: float, sleep: Callable[[float], None], cpu_clock: Callable[[], float]
+) -> None:
+    """Pauses, again and again while threads of this process are running."""
+    for _ in range(max(1, round(LONGEST_REST_SECONDS / pause_seconds))):
+        start = cpu_clock()
+        sleep(pause_seconds)
+        if cpu_clock() - start <= RESTING_SHARE * pause_seconds:
+            return
+    raise RestlessError(
+        f"threads of this process still spin {LONGEST_REST_SECONDS:g} s after the last call; "
+        f"see OMP_WAIT_POLICY and KMP_BLOCKTIME"
+    )
 
 
 def count_calls(call: Call, block_seconds: float, clock: Callable[[], float]) -> int:

@@ -74,9 +74,11 @@ def compare(counts: dict[str, int], kept: dict[str, int]) -> list[str]:
         if case not in kept:
             lines.append(f"FAILED {case}: {number:,} instructions, and none kept to compare with")
             continue
-        change = number / kept[case] - 1
-        verdict = "FAILED" if change > MARGIN else "fewer, accept?" if change < -MARGIN else "ok"
-        lines.append(f"{verdict} {case}: {number:,} instructions, {change:+.1%} on {kept[case]:,}")
+        before = kept[case]
+        more, fewer = number > before * (1 + MARGIN), number < before * (1 - MARGIN)
+        verdict = "FAILED" if more else "fewer, accept?" if fewer else "ok"
+        change = f"{number / before - 1:+.1%} on {before:,}"
+        lines.append(f"{verdict} {case}: {number:,} instructions, {change}")
     return lines
 
 

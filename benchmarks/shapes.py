@@ -7,6 +7,7 @@ overhead.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 GATES = {"LSTM": 4, "RNN": 1, "LSTMCell": 4, "RNNCell": 1}
@@ -94,10 +95,45 @@ QUICK_SIZES = ((1, 1, 128, 128), (50, 1, 128, 128), (100, 16, 256, 256), (35, 20
 # One step for one stream, as in real time: what a call costs, and what reading the weights costs.
 STEP_SIZES = ((1, 1, 128, 128), (1, 1, 512, 512))
 
+# The wide suite: sizes nobody chose. The points of the Halton sequence, which fill a cube evenly,
+# with one prime for each of T, B, I and H, spread on logarithmic scales between these bounds; a size
+# whose LSTM forward pass takes more than WIDE_FLOPS is left out, so that the suite takes minutes.
+WIDE_BOUNDS = ((1, 4000), (1, 256), (16, 2048), (16, 2048))
+WIDE_PRIMES = (2, 3, 5, 7)
+WIDE_FLOPS = 40e9
+WIDE_COUNT = 20
+
+
+def radical_inverse(n: int, base: int) -> float:
+    """The digits of n mirrored at the point: 6 is 110 in base 2, so 0.011, or 3/8."""
+    value, weight = 0.0, 1.0
+    while n:
+        n, digit = divmod(n, base)
+        weight /= base
+        value += digit * weight
+    return value
+
+
+def wide_sizes() -> list[tuple[int, ...]]:
+    """The first WIDE_COUNT sizes (T, B, I, H) of the sequence that are cheap enough."""
+    sizes: list[tuple[int, ...]] = []
+    for n in itertools.count(1):
+        if len(sizes) == WIDE_COUNT:
+            break
+        drawn = tuple(
+            round(low * (high / low) ** radical_inverse(n, prime))
+            for (low, high), prime in zip(WIDE_BOUNDS, WIDE_PRIMES, strict=True)
+        )
+        if Shape("LSTM", *drawn).flops("forward") <= WIDE_FLOPS:
+            sizes.append(drawn)
+    return sizes
+
+
 SUITES: dict[str, tuple[Shape, ...]] = {
     "none": (),
     "quick": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in QUICK_SIZES),
     "full": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in SIZES),
+    "wide": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in wide_sizes()),
     "step": tuple(Shape(cell, *sizes) for cell in GATES for sizes in STEP_SIZES),
 }
 

@@ -5,6 +5,7 @@ No test here measures how fast anything is.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -12,14 +13,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import report, results, run, tables
+from benchmarks import counts, peers, report, results, run, tables
 from benchmarks.agreement import DisagreementError, check_agreement
 from benchmarks.language_model import StepProblem
 from benchmarks.layers import LayerProblem
 from benchmarks.peaks import Peaks, floor
 from benchmarks.results import LayerResult, Run, StepResult
-from benchmarks.shapes import MODES, SUITES, Shape, StepSize
-from benchmarks.timing import Timing, count_calls, ratio, time_candidates
+from benchmarks.shapes import MODES, SUITES, Shape, StepSize, radical_inverse
+from benchmarks.timing import RestlessError, Timing, count_calls, ratio, time_candidates
 
 WORD_LSTM = Shape("LSTM", 35, 20, 650, 650)
 
@@ -140,6 +141,44 @@ def test_median_and_spread():
     assert Timing(1, (5.0,)).spread == 0.0
 
 
+@pytest.mark.parametrize(("spinning", "pauses"), [(0.0, 1), (0.0014, 1), (0.016, 2), (0.050, 5)])
+def test_a_block_waits_for_spinning_threads(spinning, pauses):
+    """Whose thread pool uses a core for `spinning` seconds after each call."""
+    fake = FakeTime()
+    used, call = 0.0, fake.candidate("a", itertools.repeat(0.020))
+    stops = 0.0
+
+    def spins_after():
+        nonlocal stops
+        call()
+        stops = fake.now + spinning
+
+    def sleep(seconds):
+        nonlocal used
+        used += min(max(stops - fake.now, 0.0), seconds)
+        fake.sleep(seconds)
+
+    time_candidates(
+        {"a": spins_after},
+        rounds=3,
+        clock=fake.clock,
+        sleep=sleep,
+        cpu_clock=lambda: used,
+    )
+    assert fake.events[2:] == (["pause"] * pauses + ["a", "a"]) * 3
+
+
+def test_threads_that_never_sleep_end_the_run():
+    fake = FakeTime()
+    with pytest.raises(RestlessError, match="still spin 2 s after"):
+        time_candidates(
+            {"a": fake.candidate("a", itertools.repeat(0.020))},
+            clock=fake.clock,
+            sleep=fake.sleep,
+            cpu_clock=fake.clock,
+        )
+
+
 # Flops and floors
 
 
@@ -176,6 +215,27 @@ def test_shapes_are_read_back_as_printed():
     for shape in SUITES["full"]:
         assert Shape.parse(str(shape)) == shape
     assert set(SUITES["quick"]) < set(SUITES["full"])
+
+
+def test_radical_inverse():
+    assert [radical_inverse(n, 2) for n in range(5)] == [0, 0.5, 0.25, 0.75, 0.125]
+    assert radical_inverse(7, 5) == pytest.approx(2 / 5 + 1 / 25)
+
+
+def test_wide_shapes_reach_far_and_stay_cheap():
+    for cell in ("LSTM", "RNN"):
+        shapes = [shape for shape in SUITES["wide"] if shape.cell == cell]
+        assert len(set(shapes)) == 20
+        # The logarithms are spread evenly: each third of each range has its share.
+        for sizes, (low, high) in zip(
+            zip(*(dataclasses.astuple(shape)[1:] for shape in shapes), strict=True),
+            ((1, 4000), (1, 256), (16, 2048), (16, 2048)),
+            strict=True,
+        ):
+            assert low <= min(sizes) <= low * (high / low) ** (1 / 3)
+            assert high / (high / low) ** (1 / 3) <= max(sizes) <= high
+        assert max(shape.flops("forward") for shape in shapes) <= 40e9
+        assert sum(shape.hidden_size % 16 != 0 for shape in shapes) > 10
 
 
 @pytest.mark.parametrize(
@@ -228,6 +288,40 @@ def test_language_model_steps_stay_together(cell):
     torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", peers.NAMES)
+@pytest.mark.parametrize("cell", ["LSTM", "RNN"])
+def test_peers_compute_the_same_layer(cell, name):
+    for module in (name, "onnx"):
+        pytest.importorskip(module)
+    problem = LayerProblem(Shape(cell, 7, 3, 5, 9), torch.float32, other_peers=[name])
+    problem.check("forward")
+    assert list(problem.calls("forward")) == ["torch", "rnnfast", name]
+    assert list(problem.calls("training")) == ["torch", "rnnfast"]
+    # Gates in torch's order are a wrong layer. An RNN has one; there the bias is lost.
+    problem.peers[name] = peers.open_peer(name, wrong_layer(problem), problem.x, threads=1)
+    with pytest.raises(DisagreementError, match=f"of {name} is off by"):
+        problem.check("forward")
+
+
+def wrong_layer(problem):
+    layer = copy.deepcopy(problem.layers["torch"])
+    with torch.no_grad():
+        if isinstance(layer, torch.nn.LSTM):
+            rows = torch.cat([layer.weight_hh_l0[27:], layer.weight_hh_l0[:27]])
+            layer.weight_hh_l0.copy_(rows)
+        else:
+            layer.bias_hh_l0.zero_()
+    return layer
+
+
+def test_peers_that_are_missing_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--peers", "torch,openvino"])
+    error = capsys.readouterr().err
+    assert "--peers: openvino needs openvino: pip install '.[bench]'" in error
+
+
 # Reports
 
 
@@ -254,6 +348,37 @@ def test_summary_puts_modes_side_by_side():
     assert table.rows[0][4] == "2.00x"
     assert table.rows[0][8] == "4.00x"
     assert table.rows[2] == ("RNN 5, 2, 3, 4", "300", "100", "0.0%", "3.00x", "", "", "", "")
+
+
+def run_with_peers():
+    """The made-up run with OpenVINO forward: 0.15 s for the first shape, the best peer there."""
+    run = made_up_run()
+    timings = {"torch": constant_timing(0.2), "openvino": constant_timing(0.15)}
+    timings["rnnfast"] = constant_timing(0.1)
+    first = dataclasses.replace(run.layers[0], timings=timings)
+    return dataclasses.replace(run, layers=[first, *run.layers[1:]])
+
+
+def test_tables_of_peers():
+    run = run_with_peers()
+    assert run.layers[0].best_peer == "openvino"
+    assert run.layers[1].best_peer == "torch"
+    table = tables.layer_table(run)
+    assert table.headings[2:5] == ("torch.nn ms", "openvino ms", "rnnfast ms")
+    assert table.headings[-2:] == ("faster", "than best")
+    assert table.rows[0][2:5] == ("200 ± 0.0%", "150 ± 0.0%", "100 ± 0.0%")
+    assert table.rows[0][-2:] == ("2.00x", "1.50x")
+    assert table.rows[1][3] == ""
+    assert table.rows[1][-2:] == ("4.00x", "4.00x")
+    assert all(len(row) == len(table.headings) for row in table.rows)
+    summary = tables.summary_table(run)
+    assert summary.rows[0][:7] == ("LSTM 5, 2, 3, 4", "200", "150", "100", "0.0%", "2.00x", "1.50x")
+    assert summary.rows[0][7:] == ("400", "100", "0.0%", "4.00x")
+    assert all(len(row) == len(summary.headings) for row in summary.rows)
+    # Ratios to the best: 1.5 and 8; training 4.
+    assert tables.mean_table(run).rows[0] == ("LSTM", "forward", "4.00x", "3.46x")
+    assert "the fastest of torch.nn and openvino" in tables.legend(run)
+    assert "fastest" not in tables.legend(made_up_run())
 
 
 def test_step_table_is_in_tokens_per_second():
@@ -336,6 +461,29 @@ def test_chart_is_a_picture(tmp_path):
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+# Instruction counts
+
+
+def test_counts_fail_above_the_margin_only():
+    kept = {"same": 1000, "more": 1000, "a little more": 1000, "fewer": 1000}
+    lines = counts.compare(
+        {"same": 1000, "more": 1051, "a little more": 1050, "fewer": 900, "new": 5}, kept
+    )
+    assert [line.split()[0] for line in lines] == ["ok", "FAILED", "ok", "fewer,", "FAILED"]
+    assert lines[1] == "FAILED more: 1,051 instructions, +5.1% on 1,000"
+
+
+@pytest.mark.parametrize("may_skip", [True, False])
+@pytest.mark.parametrize("lacks", ["valgrind", "counts"])
+def test_counts_are_skipped_only_on_request(lacks, may_skip, capsys, monkeypatch):
+    monkeypatch.setattr(counts.shutil, "which", lambda _: None if lacks == "valgrind" else "x")
+    monkeypatch.setattr(counts, "compiler_of", lambda _: "Abacus 1.0")
+    assert counts.main(["--may-skip"] * may_skip) == (0 if may_skip else 1)
+    said = capsys.readouterr().out
+    assert said.startswith("SKIPPED" if may_skip else "FAILED")
+    assert ("valgrind" if lacks == "valgrind" else "Abacus 1.0") in said
+
+
 # The command
 
 
@@ -384,7 +532,16 @@ def test_disagreement_ends_the_run(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--shapes GRU:1,1,1,1", "--modes sideways", "--rounds 0", "--threads -1", "--json /no/such/x"],
+    [
+        "--shapes GRU:1,1,1,1",
+        "--modes sideways",
+        "--rounds 0",
+        "--threads -1",
+        "--json /no/such/x",
+        "--peers torch,tensorflow",
+        "--peers openvino",
+        "--peers torch,openvino --dtype float64",
+    ],
 )
 def test_wrong_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,4 @@
-"""Turns a result file into the tables and the picture of the documentation.
+"""Turns a result file into the tables and pictures of the documentation.
 
 ``python -m benchmarks.report RESULT.json`` prints Markdown; with ``--write`` it replaces the text
 between the two markers of a file, so that no number in the documentation is typed by hand.
@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import results, tables
+from . import pictures, results, tables
 from .results import Run
 
 BEGIN = "<!-- benchmarks:begin -->"
@@ -56,37 +56,6 @@ def replace_between_markers(text: str, content: str, name: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
-def draw_chart(run: Run, path: Path) -> None:
-    """Draws the ratio of every shape and mode as bars; the suffix of `path` picks the format."""
-    # Only this needs matplotlib; its Figure draws to a file without choosing a display.
-    from matplotlib.figure import Figure
-
-    modes = list(dict.fromkeys(result.mode for result in run.layers))
-    shapes = list(dict.fromkeys(result.shape for result in run.layers))
-    height = 0.8 / len(modes)
-    figure = Figure(figsize=(8, 1.2 + 0.42 * len(shapes)), layout="constrained")
-    axes = figure.subplots()
-    for index, mode in enumerate(modes):
-        of_mode = [result for result in run.layers if result.mode == mode]
-        rows = [
-            shapes.index(result.shape) + (index - (len(modes) - 1) / 2) * height
-            for result in of_mode
-        ]
-        bars = axes.barh(rows, [result.ratio for result in of_mode], height, label=mode)
-        axes.bar_label(
-            bars, [tables.times(result.ratio) for result in of_mode], padding=2, fontsize=7
-        )
-    axes.axvline(1, color="black", linewidth=1, zorder=0)
-    axes.set_yticks(range(len(shapes)), [str(shape) for shape in shapes])
-    axes.invert_yaxis()
-    axes.set_xlabel("time of torch.nn / time of rnnfast (1: equal; longer bars: rnnfast is faster)")
-    figure.suptitle(tables.caption(run), fontsize=8, wrap=True)
-    axes.margins(x=0.08)
-    figure.legend(loc="outside lower center", ncols=len(modes))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -101,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         default="summary",
         help="columns of the layer table",
     )
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios as a picture")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="draw ratios.png and roofline.png into DIR"
+    )
     options = parser.parse_args(arguments)
     try:
         run = results.load(options.result)
@@ -110,8 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
         for path in options.write:
             text = replace_between_markers(path.read_text(encoding="utf-8"), content, str(path))
             path.write_text(text, encoding="utf-8")
-        if options.chart:
-            draw_chart(run, options.chart)
+        if options.pictures:
+            pictures.draw_all(run, options.pictures)
     except (
         results.ResultFileError,
         results.ImplausiblePeakError,

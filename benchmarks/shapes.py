@@ -96,7 +96,7 @@ QUICK_SIZES = ((1, 1, 128, 128), (50, 1, 128, 128), (100, 16, 256, 256), (35, 20
 STEP_SIZES = ((1, 1, 128, 128), (1, 1, 512, 512))
 
 # The wide suite: sizes nobody chose. The points of the Halton sequence, which fill a cube evenly,
-# with one prime for each of T, B, I and H, spread on logarithmic scales between these bounds; a size
+# with a prime for each of T, B, I and H, spread on logarithmic scales between these bounds; a size
 # whose LSTM forward pass takes more than WIDE_FLOPS is left out, so that the suite takes minutes.
 WIDE_BOUNDS = ((1, 4000), (1, 256), (16, 2048), (16, 2048))
 WIDE_PRIMES = (2, 3, 5, 7)

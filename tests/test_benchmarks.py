@@ -13,7 +13,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import counts, peers, report, results, run, tables
+from benchmarks import counts, peers, pictures, report, results, run, tables
 from benchmarks.agreement import DisagreementError, check_agreement
 from benchmarks.language_model import StepProblem
 from benchmarks.layers import LayerProblem
@@ -455,10 +455,28 @@ def test_a_peak_below_what_was_reached_is_reported(tmp_path, capsys):
     assert readme.read_text(encoding="utf-8") == f"{report.BEGIN}{report.END}"
 
 
-def test_chart_is_a_picture(tmp_path):
+@pytest.mark.parametrize("make", [made_up_run, run_with_peers], ids=lambda make: make.__name__)
+def test_pictures_show_every_layer(make):
     pytest.importorskip("matplotlib")
-    report.draw_chart(made_up_run(), tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    run = make()
+    bars = [bar for axes in pictures.draw_ratios(run).axes for bar in axes.patches]
+    ends = [bar.get_x() + bar.get_width() for bar in bars]
+    assert sorted(ends) == pytest.approx(sorted(result.ratio for result in run.layers))
+    for axes in pictures.draw_roofline(run).axes:
+        mode = axes.get_title()
+        reached = {line.get_ydata()[0] for line in axes.lines if len(line.get_ydata()) == 1}
+        for result in run.layers:
+            if result.mode == mode:
+                assert result.flops_per_second("rnnfast") / 1e9 in reached
+
+
+def test_pictures_are_written_beside_the_tables(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results.save(run_with_peers(), tmp_path / "run.json")
+    assert report.main([str(tmp_path / "run.json"), "--pictures", str(tmp_path)]) == 0
+    assert "| LSTM 5, 2, 3, 4 |" in capsys.readouterr().out
+    for name in ("ratios.png", "roofline.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 # Instruction counts

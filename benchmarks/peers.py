@@ -61,8 +61,8 @@ def require(name: str) -> None:
 
 
 def version(name: str) -> str:
-    """The version of an installed peer."""
-    return importlib.import_module(name).__version__
+    """The version of an installed peer, without the name of its build."""
+    return importlib.import_module(name).__version__.partition("-")[0]
 
 
 def open_peer(name: str, layer: torch.nn.RNNBase, x: torch.Tensor, threads: int) -> Peer:

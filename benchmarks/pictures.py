@@ -145,5 +145,5 @@ def _panels(run: Run, count: int, height: float) -> tuple[Figure, list[Axes]]:
     figure.suptitle(tables.caption(run), fontsize=7, wrap=True)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
     return figure, panels

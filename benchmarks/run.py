@@ -27,6 +27,7 @@ from .results import LayerResult, Run, StepResult
 from .shapes import MODES, STEPS, SUITES, Shape
 
 TABLE_WIDTH = 140
+PEER_WIDTH = 24
 
 
 def run_benchmarks(
@@ -174,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         results.save(run, options.json)
     # Cells cut off by a narrow terminal or a pipe would lose digits; wrapped lines lose none.
-    print_run(run, Console(width=max(Console().width, TABLE_WIDTH)))
+    width = TABLE_WIDTH + PEER_WIDTH * len(run.other_peers)
+    print_run(run, Console(width=max(Console().width, width)))
     try:
         run.check_peak()
     except results.ImplausiblePeakError as error:

@@ -134,7 +134,7 @@ def legend(run: Run) -> str:
     """What the headings mean."""
     if not run.other_peers:
         return _LEGEND + "."
-    peers = " and ".join(["torch.nn", *run.other_peers])
+    peers = ", ".join(["torch.nn", *run.other_peers])
     return f"{_LEGEND}; than best: time of the fastest of {peers} over time of rnnfast."
 
 

@@ -377,7 +377,7 @@ def test_tables_of_peers():
     assert all(len(row) == len(summary.headings) for row in summary.rows)
     # Ratios to the best: 1.5 and 8; training 4.
     assert tables.mean_table(run).rows[0] == ("LSTM", "forward", "4.00x", "3.46x")
-    assert "the fastest of torch.nn and openvino" in tables.legend(run)
+    assert "the fastest of torch.nn, openvino" in tables.legend(run)
     assert "fastest" not in tables.legend(made_up_run())
 
 

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {"LSTM": "tab:blue", "RNN": "tab:orange"}
+COLORS = {
+    "LSTM": "tab:blue",
+    "RNN": "tab:orange",
+    "LSTMCell": "tab:cyan",
+    "RNNCell": "tab:olive",
+}
 DPI = 90
 
 

@@ -3,8 +3,8 @@
 //   counted CELL T B I H MODE     CELL: lstm, tanh, relu; MODE: forward, training
 //   counted --compiler            what built this
 //
-// Only what `measured` does is to be counted: the kernel, on one thread, the second time, when the workspace is
-// there. Values do not matter as long as they are ordinary numbers: the kernels do not branch on them.
+// Only what `measured` does is to be counted: the kernel, on one thread, the second time, when the workspace
+// is there. Values do not matter as long as they are ordinary numbers: the kernels do not branch on them.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -36,14 +36,15 @@ int main(int argc, char** argv) {
   const Cell cell = !std::strcmp(argv[1], "lstm")   ? Cell::lstm
                     : !std::strcmp(argv[1], "tanh") ? Cell::rnn_tanh
                                                     : Cell::rnn_relu;
-  const Index T = std::atol(argv[2]), B = std::atol(argv[3]), I = std::atol(argv[4]), H = std::atol(argv[5]);
+  const Index T = std::atol(argv[2]), B = std::atol(argv[3]);
+  const Index I = std::atol(argv[4]), H = std::atol(argv[5]);
   const bool training = !std::strcmp(argv[6], "training"), lstm = cell == Cell::lstm;
   const Index GH = rnnfast::gate_count(cell) * H, rows = T * B;
 
   const Values x = numbers(rows * I), w_ih = numbers(GH * I), w_hh = numbers(GH * H), bias = numbers(GH),
                h0 = numbers(B * H), c0 = numbers(B * H), dy = numbers(rows * H);
   Values y(rows * H), h_n(B * H), c_n(B * H), c(rows * H), gates(rows * 4 * H), dx(rows * I), dw_ih(GH * I),
-      dw_hh(GH * H), db(GH), dh0(B * H), dc0(B * H), da(rows * GH);
+      dw_hh(GH * H), db(GH), dh0(B * H), dc0(B * H);
 
   rnnfast::LayerForward<float> forward{};
   forward.shape = {cell, T, B, I, H, false, 1};
@@ -81,7 +82,6 @@ int main(int argc, char** argv) {
   backward.db = db.data();
   backward.dh0 = dh0.data();
   backward.dc0 = lstm ? dc0.data() : nullptr;
-  backward.da = da.data();
 
   const auto& kernels = rnnfast::cpu::kernels().f32;
   const auto call = [&] {

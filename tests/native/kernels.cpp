@@ -140,9 +140,9 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
   out.dw_ih = Array<Real>(GH * I);
   out.dw_hh = Array<Real>(GH * H);
   out.db = Array<Real>(GH);
-  out.dh0 = Array<Real>(B * H);
-  out.dc0 = Array<Real>(state);
-  Array<Real> da(T * B * GH), da_windows;
+  out.dh0 = Array<Real>(lean ? 0 : B * H);
+  out.dc0 = Array<Real>(lean ? 0 : state);
+  Array<Real> da(shape.block() < T ? T * B * GH : 0), da_windows;
   const Index blocks = (T + shape.block() - 1) / shape.block();
   if (shape.window() > shape.block()) da_windows = Array<Real>(2 * blocks * B * GH);
   rnnfast::LayerBackward<Real> backward{};
@@ -165,9 +165,9 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
   backward.dw_ih = out.dw_ih.data();
   backward.dw_hh = out.dw_hh.data();
   backward.db = out.db.data();
-  backward.dh0 = out.dh0.data();
-  backward.dc0 = lstm_only(out.dc0);
-  backward.da = da.data();
+  backward.dh0 = lean ? nullptr : out.dh0.data();
+  backward.dc0 = lean ? nullptr : lstm_only(out.dc0);
+  backward.da = shape.block() < T ? da.data() : nullptr;
   backward.da_windows = da_windows.data();
   if (check(backward) != rnnfast::Status::ok) fail(shape.name() + ": refused by check");
   rnnfast::cpu::kernels().of<Real>().backward(backward);

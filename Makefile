@@ -8,7 +8,7 @@ WORKERS ?= 2
 # What `make native` and `make sanitize` build, and from what.
 NATIVE := build/native
 
-.PHONY: demo test lint install develop clean native sanitize counts
+.PHONY: demo test lint install develop clean native sanitize counts emulator
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +23,21 @@ $(INSTALLED): $(BIN)/python constraints.txt pyproject.toml CMakeLists.txt \
 
 install: $(INSTALLED)
 
-test: $(INSTALLED)
+# The CUDA kernels on the processor, for the tests; where nothing but a compiler is at hand.
+EMULATOR := build/emulator/.built
+$(EMULATOR): $(INSTALLED) $(shell find csrc cmake -type f)
+	$(BIN)/python -m pip install --quiet pybind11 cmake ninja
+	$(BIN)/cmake -S . -B build/emulator -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DCMAKE_BUILD_TYPE=Release -DRNNFAST_EMULATOR=ON -DRNNFAST_CUDA=OFF \
+	    -DSKBUILD_PROJECT_VERSION=0 -DSKBUILD_PROJECT_VERSION_FULL=0 \
+	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/emulator --target _emulated --parallel $(WORKERS)
+	touch $@
+
+emulator: $(EMULATOR)
+
+test: $(INSTALLED) $(EMULATOR)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)

@@ -96,8 +96,7 @@ py::dict build_info() {
   return py::dict(
       "version"_a = RNNFAST_VERSION, "compiler"_a = RNNFAST_COMPILER,
       "isas_built"_a = cpu::built_isas(), "isas_available"_a = cpu::available_isas(),
-      "isa"_a = cpu::kernels().name, "openmp"_a = openmp_library(),
-      "cuda_architectures"_a = std::vector<std::string>());
+      "isa"_a = cpu::kernels().name, "openmp"_a = openmp_library());
 }
 
 py::dict plan(Index steps, Index rows, Index units, Index gates, Index terms, Index product_terms,

@@ -65,4 +65,29 @@ Status check(const LayerBackward<Real>& layer) {
   return Status::ok;
 }
 
+inline Status check(const RecurrenceShape& shape) {
+  const LayerShape layer{shape.cell, shape.T, shape.B, 0, shape.H, false, 1};
+  if (const Status status = check(layer); status != Status::ok) return status;
+  if (shape.k1 < 1 || shape.k1 > shape.T || shape.k1 > shape.k2) return Status::bad_truncation;
+  const Index blocks = (shape.T + shape.k1 - 1) / shape.k1;
+  return shape.k2 > blocks * shape.k1 ? Status::bad_truncation : Status::ok;
+}
+
+template <class Real, class State>
+Status check(const RecurrenceShape& shape, const RecurrenceForward<Real, State>& layer) {
+  const bool lstm = shape.cell == Cell::lstm;
+  if (!layer.a || !layer.w_hh || !layer.h0 || !layer.y || !layer.h_n) return Status::missing_argument;
+  if (lstm && (!layer.c0 || !layer.c_n)) return Status::missing_argument;
+  return Status::ok;
+}
+
+template <class Real, class State>
+Status check(const RecurrenceShape& shape, const RecurrenceBackward<Real, State>& layer) {
+  const bool lstm = shape.cell == Cell::lstm;
+  if (!layer.w_hh || !layer.da || !layer.dh0) return Status::missing_argument;
+  if (lstm && (!layer.c0 || !layer.c || !layer.gates || !layer.dc0)) return Status::missing_argument;
+  if (!lstm && !layer.y) return Status::missing_argument;
+  return Status::ok;
+}
+
 }  // namespace rnnfast

@@ -86,4 +86,50 @@ struct LayerBackward {
   Real* da_windows;  // scratch (2, N*B, G*H)   the same, of each window; only when k2 > k1, else null
 };
 
+// The recurrence alone, for a backend that leaves the products over all steps to somebody else's GEMM.
+//
+// State is what sums and cell states are kept in: Real, or float where Real has 16 bits.
+struct RecurrenceShape {
+  Cell cell;
+  Index T, B, H;
+  Index k1, k2;  // backward: as in LayerBackward
+};
+
+template <class Real, class State>
+struct RecurrenceForward {
+  bool reverse;
+
+  const Real* a;     // input   (T, B, G*H)   x W_ih^T + b_ih + b_hh; gates, or an RNN's y, may be its memory
+  const Real* w_hh;  // input   (G*H, H)
+  const Real* h0;    // input   (B, H)
+  const State* c0;   // input   (B, H)        LSTM only, else null
+
+  Real* y;      // output  (T, B, H)
+  Real* h_n;    // output  (B, H)
+  State* c_n;   // output  (B, H)        LSTM only, else null
+  State* c;     // saved   (T, B, H)     LSTM: cell state of every step; null: not kept
+  Real* gates;  // saved   (T, B, 4, H)  LSTM: i, f, g, o after their nonlinearities; null: not kept
+};
+
+// The weights' gradients and dx are products of da: dW_ih = da^T x, dW_hh = da^T h[t-1], dx = da W_ih.
+template <class Real, class State>
+struct RecurrenceBackward {
+  bool reverse;
+
+  const Real* dy;     // input   (T, B, H)   may be null: zero
+  const Real* dh_n;   // input   (B, H)      may be null: zero
+  const State* dc_n;  // input   (B, H)      LSTM; may be null: zero
+  const State* dc;    // input   (T, B, H)   LSTM: gradient of every step's cell state; may be null: zero
+
+  const Real* w_hh;   // input   (G*H, H)
+  const State* c0;    // input   (B, H)       LSTM only, else null
+  const Real* y;      // saved   (T, B, H)    RNN only, else null
+  const State* c;     // saved   (T, B, H)    LSTM only, else null
+  const Real* gates;  // saved   (T, B, 4, H) LSTM only, else null
+
+  Real* da;    // output  (T, B, G*H)  gradient of the pre-activations
+  Real* dh0;   // output  (B, H)
+  State* dc0;  // output  (B, H)       LSTM only, else null
+};
+
 }  // namespace rnnfast

@@ -12,11 +12,11 @@ struct Truncation {
   Index T, k1, k2;
   bool reverse;
 
-  Index blocks() const { return (T + k1 - 1) / k1; }
+  constexpr Index blocks() const { return (T + k1 - 1) / k1; }
 
   // Block j, counted in processing order, covers steps p in [block_begin(j), block_end(j)).
-  Index block_begin(Index j) const { return j == 0 ? 0 : block_end(j - 1); }
-  Index block_end(Index j) const {
+  constexpr Index block_begin(Index j) const { return j == 0 ? 0 : block_end(j - 1); }
+  constexpr Index block_end(Index j) const {
     const Index first = reverse ? T - (blocks() - 1) * k1 : k1;
     const Index end = first + j * k1;
     return end < T ? end : T;
@@ -24,16 +24,16 @@ struct Truncation {
 
   // The first step of block j's window; below zero when the window would reach further than there are
   // steps. At zero or below, the window passes gradient on to the initial state.
-  Index window_begin(Index j) const { return block_begin(j) - (k2 - k1); }
+  constexpr Index window_begin(Index j) const { return block_begin(j) - (k2 - k1); }
 
   // Windows that reach the initial state: the first so many in processing order.
-  Index windows_to_start() const {
+  constexpr Index windows_to_start() const {
     Index count = 0;
     while (count < blocks() && window_begin(count) <= 0) ++count;
     return count;
   }
 
-  Index time(Index p) const { return reverse ? T - 1 - p : p; }
+  constexpr Index time(Index p) const { return reverse ? T - 1 - p : p; }
 };
 
 }  // namespace rnnfast

@@ -20,6 +20,7 @@ ROOMS = {
     "cpu": {"torch"},
     "ops": {"torch"},
     "direct": {"torch"},
+    "cuda_ops": {"torch"},
     "bptt": {"torch"},
     "checks": {"torch"},
     "stack": {"torch"},
@@ -84,8 +85,8 @@ def test_python_imports_only_what_stands_below(file):
         first = name.split(".")[0]
         if first == "rnnfast":
             other = target(name)
-            if name == "rnnfast._core":
-                assert room == "_native", "only _native loads the extension"
+            if name in ("rnnfast._core", "rnnfast._cuda"):
+                assert room == "_native", "only _native loads the extensions"
             elif other != room:
                 assert RANK[other] < RANK[room], f"{room} imports {other}, which stands above it"
         elif first not in sys.stdlib_module_names:
@@ -103,8 +104,8 @@ def test_imports_are_seen():
 
 # Headers that are neither C++'s own nor ours, and the only files that may include them.
 FOREIGN = {
-    "pybind11/pybind11.h": {"bindings.cpp"},
-    "pybind11/stl.h": {"bindings.cpp"},
+    "pybind11/pybind11.h": {"bindings.cpp", "cuda/bindings.h"},
+    "pybind11/stl.h": {"bindings.cpp", "cuda/bindings.h"},
     "dlfcn.h": {"bindings.cpp"},
     "omp.h": {"bindings.cpp", "cpu/team.cpp"},
     "pthread.h": {"cpu/team.cpp"},
@@ -112,6 +113,12 @@ FOREIGN = {
     "sys/mman.h": {"cpu/workspace.cpp"},
     "immintrin.h": {"cpu/team.cpp", "cpu/simd.h"},
     "arm_neon.h": {"cpu/simd.h"},
+    "cuda_runtime.h": {"cuda/platform.h"},
+    "cuda_fp16.h": {"cuda/platform.h"},
+    "cuda_bf16.h": {"cuda/platform.h"},
+    "ucontext.h": {"emu/simt.cpp"},
+    "setjmp.h": {"emu/simt.cpp"},
+    "sanitizer/common_interface_defs.h": {"emu/simt.cpp"},
 }
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 INCLUDE = re.compile(r'^\s*#\s*include\s*(?:"([^"]+)"|<([^>]+)>)', re.MULTILINE)

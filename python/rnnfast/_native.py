@@ -29,6 +29,11 @@ except ImportError as error:  # the package runs without, up to the first call t
 
     core = _Missing()
 
+try:
+    from . import _cuda as cuda
+except ImportError:  # built where nvcc was found; all else works without
+    cuda = None
+
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -48,9 +53,10 @@ def build_info() -> dict[str, Any]:
     Returns:
         ``version``, ``compiler``, ``isas_built`` and ``isas_available`` (slowest first), ``isa``
         (the one in use; the environment variable ``RNNFAST_ISA`` forces one), ``openmp`` (the
-        library file the thread pool comes from), ``cuda_architectures``.
+        library file the thread pool comes from), ``cuda_architectures`` (of the CUDA kernels, as
+        CMake writes them; none where they were not built).
     """
-    return core.build_info()
+    return core.build_info() | {"cuda_architectures": cuda.architectures.split() if cuda else []}
 
 
 @contextmanager

@@ -182,11 +182,12 @@ def _cpu_gradients(cell, sizes, reverse, k1, k2, upstream, saved, wants):
 def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
     T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
     c, gates = ((T, B, H), (T, B, 4, H)) if save else ((0,), (0,))
+    half = x.dtype in (torch.float16, torch.bfloat16)  # cell states are kept in float32 then
     return (
         x.new_empty(T, B, H),
         x.new_empty(B, H),
         x.new_empty(B, H),
-        x.new_empty(c),
+        x.new_empty(c, dtype=torch.float32 if half else x.dtype),
         x.new_empty(gates),
     )
 

@@ -1,0 +1,149 @@
+// What Python sees of the CUDA kernels, on a GPU or on the emulator: plans, and calls that take a plan and
+// addresses. Whoever calls has allocated and checked everything.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace rnnfast::cuda {
+using Address = std::uintptr_t;  // of device memory; 0 means absent
+
+inline Format format_of(const std::string& wanted) {
+  for (const Format format :
+       {Format::float32, Format::tf32, Format::float64, Format::float16, Format::bfloat16})
+    if (wanted == name(format)) return format;
+  throw std::invalid_argument("unknown number format " + wanted);
+}
+
+inline Method method_of(const std::string& wanted) {
+  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::steps})
+    if (wanted == name(method)) return method;
+  throw std::invalid_argument("the method is '" + wanted + "', but should be local, cluster, grid or steps");
+}
+
+inline Cell cell_of(const std::string& name) {
+  if (name == "lstm") return Cell::lstm;
+  if (name == "tanh") return Cell::rnn_tanh;
+  if (name == "relu") return Cell::rnn_relu;
+  throw std::invalid_argument("unknown cell " + name);
+}
+
+inline void require(Status status) {
+  if (status != Status::ok) throw std::invalid_argument(message(status));
+}
+
+inline Plan plan(const Device& device, bool backward, const std::string& cell, const std::string& format, Index T,
+          Index B, Index H, Index k1, Index k2, int directions, const std::string& method) {
+  const Work work{backward ? Pass::backward : Pass::forward, format_of(format),
+                  {cell_of(cell), T, B, H, k1, k2}, directions};
+  require(check(work.shape));
+  if (T < 1 || B < 1 || directions < 1 || directions > 2)
+    throw std::invalid_argument("T and B must be at least 1, and there are one or two directions");
+  return method.empty() ? plan_recurrence(device, work) : plan_recurrence(device, work, method_of(method));
+}
+
+inline py::dict as_dict(const Plan& plan) {
+  const Tiling& tiling = plan.tiling;
+  return py::dict(
+      "method"_a = name(plan.method), "format"_a = name(plan.work.format), "tensor_cores"_a = plan.engine.tensor_cores,
+      "blocks"_a = plan.blocks, "groups"_a = plan.groups, "columns"_a = tiling.columns,
+      "group_columns"_a = tiling.group_columns, "pass_columns"_a = tiling.pass_columns,
+      "tile_rows"_a = plan.engine.tile_rows, "row_tiles"_a = plan.engine.row_tiles,
+      "bundles"_a = tiling.bundles, "k_warps"_a = tiling.k_warps, "k_steps"_a = tiling.k_steps,
+      "register_steps"_a = tiling.register_steps, "shared_tiles"_a = tiling.shared_tiles,
+      "shared_bytes"_a = plan.shared_bytes, "scratch_bytes"_a = plan.scratch_bytes,
+      "cycles"_a = plan.cycles, "reason"_a = plan.reason);
+}
+
+template <class Real>
+Real* at(Address address) {
+  return reinterpret_cast<Real*>(address);
+}
+
+// One direction's arrays, in the order of the contract.
+using Arrays = std::vector<Address>;
+
+inline void expect(const Plan& plan, Pass pass, std::size_t real_bytes, const std::vector<Arrays>& layers,
+            std::size_t arrays) {
+  if (plan.work.pass != pass || plan.engine.real_bytes != int(real_bytes))
+    throw std::invalid_argument("the plan is for another pass or number format");
+  if (layers.size() != std::size_t(plan.work.directions))
+    throw std::invalid_argument("the plan is for another number of directions");
+  for (const Arrays& layer : layers)
+    if (layer.size() != arrays) throw std::invalid_argument("an address is missing or too many");
+}
+
+template <class Real>
+void forward(const Plan& plan, const std::vector<bool>& reverse, const std::vector<Arrays>& layers,
+             Address scratch, int device, Address stream) {
+  using State = StateOf<Real>;
+  expect(plan, Pass::forward, sizeof(Real), layers, 9);
+  typename Kernels<Real>::Forward arrays[2]{};
+  for (std::size_t n = 0; n < layers.size(); ++n) {
+    const Arrays& a = layers[n];
+    arrays[n] = {reverse.at(n),   at<Real>(a[0]),  at<Real>(a[1]),  at<Real>(a[2]), at<State>(a[3]),
+                 at<Real>(a[4]),  at<Real>(a[5]),  at<State>(a[6]), at<State>(a[7]), at<Real>(a[8])};
+    require(check(plan.work.shape, arrays[n]));
+  }
+  Kernels<Real>::forward(plan, arrays, at<void>(scratch), device, at<void>(stream));
+}
+
+template <class Real>
+void backward(const Plan& plan, const std::vector<bool>& reverse, const std::vector<Arrays>& layers,
+              Address scratch, int device, Address stream) {
+  using State = StateOf<Real>;
+  expect(plan, Pass::backward, sizeof(Real), layers, 12);
+  typename Kernels<Real>::Backward arrays[2]{};
+  for (std::size_t n = 0; n < layers.size(); ++n) {
+    const Arrays& a = layers[n];
+    arrays[n] = {reverse.at(n),    at<Real>(a[0]), at<Real>(a[1]),  at<State>(a[2]), at<State>(a[3]),
+                 at<Real>(a[4]),   at<State>(a[5]), at<Real>(a[6]), at<State>(a[7]), at<Real>(a[8]),
+                 at<Real>(a[9]),   at<Real>(a[10]), at<State>(a[11])};
+    require(check(plan.work.shape, arrays[n]));
+  }
+  Kernels<Real>::backward(plan, arrays, at<void>(scratch), device, at<void>(stream));
+}
+
+template <class Real>
+void bind_format(py::module_& module, const std::string& name) {
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  module.def(("forward_" + name).c_str(), &forward<Real>, released);
+  module.def(("backward_" + name).c_str(), &backward<Real>, released);
+}
+
+inline void bind(py::module_& module) {
+  py::class_<Device>(module, "Device")
+      .def(py::init([](int capability, int multiprocessors, int shared_bytes, int largest_cluster,
+                       bool cooperative) {
+             return Device{capability, multiprocessors, shared_bytes, largest_cluster, cooperative};
+           }),
+           "capability"_a, "multiprocessors"_a, "shared_bytes"_a, "largest_cluster"_a, "cooperative"_a)
+      .def_readonly("capability", &Device::capability)
+      .def_readonly("multiprocessors", &Device::multiprocessors)
+      .def_readonly("shared_bytes", &Device::shared_bytes)
+      .def_readonly("largest_cluster", &Device::largest_cluster)
+      .def_readonly("cooperative", &Device::cooperative);
+  py::class_<Plan>(module, "Plan")
+      .def_readonly("scratch_bytes", &Plan::scratch_bytes)
+      .def("as_dict", &as_dict);
+  module.def("plan", &plan, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,
+             "k2"_a, "directions"_a = 1, "method"_a = "");
+  module.def("device_properties", &device_properties);
+  bind_format<float>(module, "float32");
+  bind_format<double>(module, "float64");
+  bind_format<Float16>(module, "float16");
+  bind_format<BFloat16>(module, "bfloat16");
+}
+
+}  // namespace rnnfast::cuda

@@ -1,0 +1,153 @@
+// From a plan and addresses to launches: the same code on a GPU and on the emulator.
+#pragma once
+
+#include "kernels.h"
+#include "recurrence.h"
+
+namespace rnnfast::cuda {
+
+template <class Engine>
+constexpr bool is_engine(const EngineTraits& traits) {
+  return traits.tile_rows == Engine::tile_rows && traits.tile_columns == Engine::tile_columns &&
+         traits.step == Engine::step && traits.tile_bytes == Engine::planes * 512 &&
+         traits.column_tiles == Engine::column_tiles &&
+         traits.resident_tiles == Engine::resident_tiles && traits.row_tiles == Engine::row_tiles &&
+         traits.real_bytes == int(sizeof(typename Engine::Real)) &&
+         traits.state_bytes == int(sizeof(typename Engine::State));
+}
+template <Pass pass>
+constexpr bool engines_match() {
+  constexpr int rows = rows_side_by_side(pass);
+  return is_engine<Fma<double, rows>>(engine_traits(Format::float64, true, pass)) &&
+         is_engine<Fma<float, rows>>(engine_traits(Format::float32, true, pass)) &&
+         is_engine<Mma<float, rows>>(engine_traits(Format::tf32, true, pass)) &&
+         is_engine<Mma<Float16, rows>>(engine_traits(Format::float16, true, pass)) &&
+         is_engine<Mma<BFloat16, rows>>(engine_traits(Format::bfloat16, true, pass)) &&
+         is_engine<Fma<Float16, rows>>(engine_traits(Format::float16, false, pass)) &&
+         is_engine<Fma<BFloat16, rows>>(engine_traits(Format::bfloat16, false, pass));
+}
+static_assert(engines_match<Pass::forward>() && engines_match<Pass::backward>());
+
+// "recurrence forward (local) of LSTM, T 5, B 3, H 4": what an error names.
+inline std::string describe(const Plan& plan) {
+  const RecurrenceShape& shape = plan.work.shape;
+  return std::string("rnnfast: CUDA recurrence ") +
+         (plan.work.pass == Pass::forward ? "forward" : "backward") + " (" +
+         name(plan.method) + ") of " + (shape.cell == Cell::lstm ? "LSTM" : "RNN") + ", T " +
+         std::to_string(shape.T) + ", B " + std::to_string(shape.B) + ", H " + std::to_string(shape.H);
+}
+
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
+}
+
+template <class Real>
+bool sources_aligned(const RecurrenceForward<Real, StateOf<Real>>& layer) {
+  return is_aligned(layer.h0) && is_aligned(layer.y);
+}
+
+template <class Real>
+bool sources_aligned(const RecurrenceBackward<Real, StateOf<Real>>& layer) {
+  return is_aligned(layer.da);
+}
+
+template <class Step>
+Arguments<Step> arguments_of(const Plan& plan, const typename Step::Layer* layers, char* memory) {
+  using Real = typename Step::Real;
+  const Scratch scratch = scratch_layout(plan);
+  Arguments<Step> args{};
+  args.shape = plan.work.shape;
+  args.tiling = plan.tiling;
+  args.blocks = plan.blocks;
+  const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
+  const Index terms = plan.work.pass == Pass::forward
+                          ? args.shape.H
+                          : gate_count(args.shape.cell) * args.shape.H;
+  args.vector = in_shared || terms * Index(sizeof(Real)) % 16 == 0;
+  for (int direction = 0; direction < plan.work.directions; ++direction) {
+    args.layers[direction] = layers[direction];
+    args.weights[direction] = reinterpret_cast<uint4*>(memory + scratch.weights[direction]);
+    if (plan.method == Method::grid)
+      args.flags[direction] = reinterpret_cast<int*>(memory + scratch.flags[direction]);
+    if (!in_shared) args.vector = args.vector && sources_aligned<Real>(layers[direction]);
+    if constexpr (std::is_same<Step, Backward<Real>>::value) {
+      using State = typename Step::State;
+      args.carries[direction] = {reinterpret_cast<State*>(memory + scratch.carry[direction]),
+                                 reinterpret_cast<State*>(memory + scratch.starts[direction]),
+                                 reinterpret_cast<Real*>(memory + scratch.windows[direction])};
+    }
+  }
+  return args;
+}
+
+// All launches of one recurrence; `steps` is how many steps it has.
+template <class Engine, class Step>
+void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* scratch, Stream stream) {
+  const std::string what = describe(plan);
+  Arguments<Step> args = arguments_of<Step>(plan, layers, static_cast<char*>(scratch));
+  const int directions = plan.work.directions;
+
+  const Index packed = Index(plan.weights_bytes / sizeof(uint4));
+  const int pack_blocks = int((packed + block_threads - 1) / block_threads);
+  launch(what + ", packing", pack<Engine, Step>, {{pack_blocks, 1, directions}, block_threads, 1, 0, false},
+         stream, args, packed);
+
+  LaunchShape shape{{plan.blocks, plan.groups, directions}, block_threads, 1, plan.shared_bytes, false};
+  if (plan.method == Method::steps) {
+    for (args.begin = 0; args.begin < steps; ++args.begin) {
+      args.end = args.begin + 1;
+      launch(what, recur<Engine, FromGlobal, Step>, shape, stream, args);
+    }
+    return;
+  }
+  args.end = steps;
+  if (plan.method == Method::grid) {
+    const Scratch layout = scratch_layout(plan);
+    clear(static_cast<char*>(scratch) + layout.flags[0], layout.flags_bytes, stream);
+    shape.resident = true;
+    launch(what, recur<Engine, FromGlobal, Step>, shape, stream, args);
+  } else {
+    shape.cluster = plan.blocks;
+    launch(what, recur<Engine, FromShared, Step>, shape, stream, args);
+  }
+}
+
+template <class Real, Pass pass, class Body>
+void with_engine(const Plan& plan, Body&& body) {
+  constexpr int rows = rows_side_by_side(pass);
+  if constexpr (std::is_same<Real, double>::value) {
+    body(Fma<double, rows>{});
+  } else {
+    if (plan.engine.tensor_cores) return body(Mma<Real, rows>{});
+    body(Fma<Real, rows>{});
+  }
+}
+
+template <class Real>
+void Kernels<Real>::forward(const Plan& plan, const Forward* layers, void* scratch, int device,
+                            void* stream) {
+  const DeviceScope scope(device);
+  with_engine<Real, Pass::forward>(plan, [&](auto engine) {
+    run<decltype(engine), cuda::Forward<Real>>(plan, layers, int(plan.work.shape.T), scratch,
+                                               static_cast<Stream>(stream));
+  });
+}
+
+template <class Real>
+void Kernels<Real>::backward(const Plan& plan, const Backward* layers, void* scratch, int device,
+                             void* stream) {
+  const DeviceScope scope(device);
+  const RecurrenceShape& shape = plan.work.shape;
+  with_engine<Real, Pass::backward>(plan, [&](auto engine) {
+    run<decltype(engine), cuda::Backward<Real>>(plan, layers, int(shape.k2) + 1, scratch,
+                                                static_cast<Stream>(stream));
+  });
+  const Arguments<cuda::Backward<Real>> args =
+      arguments_of<cuda::Backward<Real>>(plan, layers, static_cast<char*>(scratch));
+  const int blocks = int((shape.B * shape.H + block_threads - 1) / block_threads);
+  for (int direction = 0; direction < plan.work.directions; ++direction)
+    launch(describe(plan) + ", initial state", add_starts<Real>, {{blocks, 1, 1}, block_threads, 1, 0, false},
+           static_cast<Stream>(stream), shape, layers[direction], args.carries[direction]);
+}
+
+}  // namespace rnnfast::cuda

@@ -1,0 +1,250 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+namespace rnnfast::cuda {
+namespace {
+
+// Cycles on a recent GPU, from published figures and not yet from measurements of ours: they only have to
+// rank the choices.
+constexpr double local_cycles = 100;     // a barrier of one block
+constexpr double cluster_cycles = 1000;  // of a cluster
+constexpr double grid_cycles = 2500;     // flags through L2, there and back
+constexpr double launch_cycles = 4200;   // a kernel in a stream
+constexpr double l2_latency = 600, l2_bytes_per_cycle = 40;  // of one multiprocessor
+constexpr double shared_latency = 40, shared_bytes_per_cycle = 128;
+constexpr double cell_cycles = 250;  // of as many cells as a block has threads
+
+Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+
+// A step's matrix product: rows x terms weights by `columns` vectors.
+struct Product {
+  Index rows, terms, columns;
+  bool whole;  // all columns must lie in one group
+};
+
+Product product_of(const Work& work) {
+  const RecurrenceShape& shape = work.shape;
+  const Index G = gate_count(shape.cell);
+  if (work.pass == Pass::forward) return {G * shape.H, shape.H, shape.B, false};
+  const Index windows = ceil_div(shape.T, shape.k1);
+  return {shape.H, G * shape.H, windows * shape.B, shape.k2 > shape.k1};
+}
+
+// Cycles of one tile of weights by one tile of columns, of a whole multiprocessor.
+double tile_cycles(const EngineTraits& engine) {
+  if (engine.tensor_cores) return 6.6;  // two warp-level instructions at 60 % of the peak
+  return engine.state_bytes == 8 ? 16 : 8;
+}
+
+double step_cycles(const Plan& plan, const Device& device, const Product& product) {
+  const Tiling& tiling = plan.tiling;
+  const EngineTraits& engine = plan.engine;
+  const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
+  const double passes = double(ceil_div(tiling.group_columns, tiling.pass_columns));
+  const double column_tiles = passes * double(tiling.pass_columns / engine.tile_columns);
+  const double tiles = double(tiling.bundles) * engine.row_tiles * tiling.k_steps * tiling.k_warps;
+  const double in_registers =
+      double(std::min(tiling.bundles, block_warps / tiling.k_warps)) * tiling.k_warps *
+      tiling.register_steps * engine.row_tiles;
+  const double in_shared_tiles =
+      std::min(double(tiling.shared_tiles) * block_warps, tiles - in_registers);
+  const double streamed = tiles - in_registers - in_shared_tiles;
+
+  const double multiply = tiles * column_tiles * tile_cycles(engine);
+  const double inputs = double(tiling.group_columns) * double(product.terms) * engine.real_bytes *
+                        tiling.bundles;
+  const double shared_traffic = in_shared_tiles * engine.tile_bytes * passes +
+                                double(tiling.k_warps) * tiling.group_columns * 2 *
+                                    tiling.bundles * engine.row_tiles * engine.tile_rows *
+                                    engine.state_bytes +
+                                (in_shared ? inputs : 0);
+  const double l2_traffic = streamed * engine.tile_bytes * passes + (in_shared ? 0 : inputs);
+  const int bundle_turns = int(ceil_div(tiling.bundles, block_warps / tiling.k_warps));
+  const double waits = passes * bundle_turns * double(ceil_div(tiling.k_steps, 2)) *
+                       (in_shared && streamed == 0 ? shared_latency : l2_latency);
+  const double cells = double(ceil_div(product.rows, plan.blocks)) * tiling.group_columns /
+                       (plan.work.pass == Pass::forward
+                            ? double(gate_count(plan.work.shape.cell))
+                            : 1.0);
+  const double exchange = plan.method == Method::local     ? local_cycles
+                          : plan.method == Method::cluster ? cluster_cycles
+                          : plan.method == Method::grid    ? grid_cycles
+                                                           : launch_cycles;
+  const double blocks = double(plan.blocks) * plan.groups * plan.work.directions;
+  const double waves = double(ceil_div(Index(blocks), device.multiprocessors));
+  return waves * (std::max({multiply, shared_traffic / shared_bytes_per_cycle,
+                            l2_traffic / l2_bytes_per_cycle, waits}) +
+                  double(ceil_div(Index(cells), block_threads)) * cell_cycles) +
+         exchange;
+}
+
+// The plan for `row_blocks` blocks or a few less, or false where shared memory can't hold what it must.
+bool fill_in(const Device& device, const Product& product, int row_blocks, Index group_columns,
+             int k_warps, Plan& plan) {
+  const EngineTraits& engine = plan.engine;
+  Tiling& tiling = plan.tiling;
+  const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
+  const Index row_tiles = ceil_div(product.rows, engine.tile_rows);
+  Index of_block = ceil_div(row_tiles, row_blocks);
+  tiling.bundles = int(ceil_div(of_block, engine.row_tiles));
+  of_block = Index(tiling.bundles) * engine.row_tiles;
+  plan.blocks = int(ceil_div(row_tiles, of_block));
+  if (plan.method == Method::cluster && plan.blocks != row_blocks) return false;
+
+  tiling.columns = int(product.columns);
+  tiling.group_columns = int(group_columns);
+  tiling.pass_columns =
+      int(std::min<Index>(group_columns, Index(engine.column_tiles) * engine.tile_columns));
+  plan.groups = int(ceil_div(product.columns, group_columns));
+  tiling.k_warps = k_warps;
+  tiling.k_steps = int(ceil_div(ceil_div(product.terms, engine.step), k_warps));
+
+  // Rows of vectors start 64 bytes apart modulo the 128 of all banks.
+  const Index vector_bytes =
+      in_shared ? aligned(product.terms * engine.real_bytes) + 64 : 0;
+  tiling.stride = int(vector_bytes / engine.real_bytes);
+  const Index needed =
+      aligned(ceil_div(group_columns, tiling.pass_columns) * tiling.pass_columns * 8) +
+      aligned(Index(k_warps) * tiling.pass_columns * partial_stride(tiling, engine.row_tiles * engine.tile_rows) *
+              engine.state_bytes) +
+      aligned(2 * group_columns * vector_bytes);
+  if (needed > device.shared_bytes) return false;
+
+  tiling.register_steps = tiling.shared_tiles = 0;
+  if (plan.method != Method::steps) {
+    tiling.register_steps = std::min(tiling.k_steps, engine.resident_tiles / engine.row_tiles);
+    const Index bundles = ceil_div(tiling.bundles, block_warps / k_warps);  // of a warp
+    const Index others =
+        (bundles * tiling.k_steps - tiling.register_steps) * engine.row_tiles;
+    const Index room = (device.shared_bytes - needed) / (Index(block_warps) * engine.tile_bytes);
+    tiling.shared_tiles = int(std::min(others, room));
+  }
+  plan.shared_bytes = std::size_t(
+      needed + Index(block_warps) * tiling.shared_tiles * engine.tile_bytes);
+  plan.weights_bytes = std::size_t(Index(plan.blocks) * of_block * tiling.k_steps * k_warps *
+                                   engine.tile_bytes);
+  return true;
+}
+
+bool can_run(const Device& device, const Plan& plan) {
+  if (plan.groups > 65535) return false;  // the grid's second dimension
+  if (plan.method != Method::grid) return true;
+  return device.cooperative &&
+         Index(plan.blocks) * plan.groups * plan.work.directions <= device.multiprocessors;
+}
+
+// Tries all ways of cutting the problem up for one method; false where none can run.
+bool plan_method(const Device& device, const Work& work, Method method, Plan& best) {
+  const Product product = product_of(work);
+  const bool tensor_cores = device.capability >= 80;
+  if (work.format == Format::tf32 && !tensor_cores)
+    throw std::invalid_argument("TF32 needs compute capability 8.0, the device has " +
+                                std::to_string(device.capability / 10) + "." +
+                                std::to_string(device.capability % 10));
+  Plan plan{};
+  plan.work = work;
+  plan.method = method;
+  plan.engine = engine_traits(work.format, tensor_cores, work.pass);
+  const Index tiles = ceil_div(product.rows, plan.engine.tile_rows);
+  bool found = false;
+  const auto try_blocks = [&](Index row_blocks) {
+    const Index widest = ceil_div(product.columns, plan.engine.tile_columns) * plan.engine.tile_columns;
+    Index group_columns = product.whole ? widest : plan.engine.tile_columns;
+    for (bool last = false; !last; group_columns *= 2) {
+      last = group_columns >= widest;
+      for (int k_warps = block_warps; k_warps >= 1; k_warps /= 2) {
+        if (!fill_in(device, product, int(row_blocks), std::min(group_columns, widest), k_warps, plan) ||
+            !can_run(device, plan))
+          continue;
+        plan.cycles = step_cycles(plan, device, product);
+        if (!found || plan.cycles < best.cycles) best = plan;
+        found = true;
+      }
+    }
+  };
+  if (method == Method::local) {
+    try_blocks(1);
+  } else if (method == Method::cluster) {
+    for (Index blocks = 2; blocks <= std::min<Index>(tiles, device.largest_cluster); blocks *= 2)
+      try_blocks(blocks);
+  } else {
+    const Index most = method == Method::grid ? std::min<Index>(tiles, device.multiprocessors) : tiles;
+    for (Index of_block = ceil_div(tiles, most); ; of_block += std::max<Index>(1, of_block / 4)) {
+      try_blocks(ceil_div(tiles, of_block));
+      if (of_block >= tiles || (method == Method::steps && of_block > 64)) break;
+    }
+  }
+  if (found) best.scratch_bytes = scratch_layout(best).bytes;
+  return found;
+}
+
+void check(const Device& device, const Work& work) {
+  const Product product = product_of(work);
+  const Index most = std::numeric_limits<int>::max() / 4;
+  if (work.shape.T > most || product.columns > most || product.terms > most || product.rows > most)
+    throw std::invalid_argument("T, the windows' batch rows, or G*H are more than a CUDA kernel counts");
+  if (device.capability < 75)
+    throw std::invalid_argument("the CUDA kernels need compute capability 7.5, the device has " +
+                                std::to_string(device.capability / 10) + "." +
+                                std::to_string(device.capability % 10));
+}
+
+}  // namespace
+
+Plan plan_recurrence(const Device& device, const Work& work, Method method) {
+  check(device, work);
+  Plan plan{};
+  if (plan_method(device, work, method, plan)) return plan;
+  throw std::invalid_argument(std::string("the method ") + name(method) +
+                              " cannot run this problem on this device");
+}
+
+Plan plan_recurrence(const Device& device, const Work& work) {
+  check(device, work);
+  Plan best{};
+  bool found = false;
+  for (const Method method : {Method::local, Method::cluster, Method::grid}) {
+    Plan plan{};
+    if (!plan_method(device, work, method, plan)) continue;
+    if (!found || plan.cycles < best.cycles) best = plan;
+    found = true;
+  }
+  Plan steps{};
+  if (plan_method(device, work, Method::steps, steps) && (!found || steps.cycles < best.cycles)) {
+    best = steps;
+    best.reason = found ? "a launch for every step is estimated to be faster"
+                        : "the blocks of a whole recurrence would not all be resident";
+    found = true;
+  }
+  if (!found) throw std::invalid_argument("no CUDA kernel fits this device's shared memory");
+  return best;
+}
+
+Scratch scratch_layout(const Plan& plan) {
+  const RecurrenceShape& shape = plan.work.shape;
+  const EngineTraits& engine = plan.engine;
+  Scratch scratch{};
+  const auto take = [&](std::size_t (&offsets)[2], Index bytes) {
+    for (int direction = 0; direction < plan.work.directions; ++direction) {
+      offsets[direction] = scratch.bytes;
+      scratch.bytes += std::size_t(aligned(bytes));
+    }
+  };
+  const Index flags = plan.method == Method::grid ? Index(plan.groups) * plan.blocks * 4 : 0;
+  scratch.flags_bytes = std::size_t(aligned(flags)) * std::size_t(plan.work.directions);
+  take(scratch.flags, flags);  // first and in a row, to be cleared at once
+  take(scratch.weights, Index(plan.weights_bytes));
+  if (plan.work.pass == Pass::backward) {
+    const Index G = gate_count(shape.cell), columns = plan.tiling.columns;
+    take(scratch.carry, G == 4 ? columns * shape.H * engine.state_bytes : 0);
+    take(scratch.starts, columns * shape.H * engine.state_bytes);
+    take(scratch.windows,
+         shape.k2 > shape.k1 ? 2 * columns * G * shape.H * engine.real_bytes : 0);
+  }
+  return scratch;
+}
+
+}  // namespace rnnfast::cuda

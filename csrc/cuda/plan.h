@@ -1,0 +1,134 @@
+// Which kernel for which problem: a pure function of the device's properties and the problem's sizes.
+//
+// A recurrence step multiplies a matrix of rows x terms weights by one vector for each of the problem's
+// `columns`: forward rows = G*H, terms = H and columns = B; backward rows = H, terms = G*H and a column is
+// a batch row of one truncation window. Blocks in a `group` share the weights' rows among them and hand
+// their results round every step; groups own columns of their own and never meet.
+//
+//   local       the group is one block: no exchange, all in its shared memory
+//   cluster     the group is a thread-block cluster; results go to its blocks' shared memory
+//   grid        the group is any number of blocks, all resident at once; results go through L2, with flags
+//   steps       a launch for every step: the fallback that never waits, so it needs no residency
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "../rnnfast.h"
+#include "device.h"
+
+namespace rnnfast::cuda {
+
+constexpr int block_threads = 256, block_warps = block_threads / 32;
+
+enum class Format { float32, tf32, float64, float16, bfloat16 };
+enum class Method { local, cluster, grid, steps };
+enum class Pass { forward, backward };
+
+struct Work {
+  Pass pass;
+  Format format;
+  RecurrenceShape shape;
+  int directions;  // 1, or 2 side by side
+};
+
+// The numbers of an engine (engine.h) that a plan depends on; launch.h holds them against the engine's own.
+struct EngineTraits {
+  bool tensor_cores;
+  int tile_rows, tile_columns, step;
+  int tile_bytes;      // of packed weights: tile_rows x step of them
+  int column_tiles;    // that a warp multiplies at once
+  int resident_tiles;  // of weights in a warp's registers
+  int row_tiles;       // side by side
+  int real_bytes, state_bytes;
+};
+
+// Forward there are many rows and few terms, backward the reverse: that many tiles of rows go side by side.
+constexpr int rows_side_by_side(Pass pass) { return pass == Pass::forward ? 2 : 1; }
+
+constexpr EngineTraits engine_traits(Format format, bool tensor_cores, Pass pass) {
+  const int rows = rows_side_by_side(pass), resident = rows == 1 ? 6 : 8;
+  switch (format) {
+    case Format::float64: return {false, 4, 8, 32, 1024, 1, 4, 1, 8, 8};
+    case Format::float32: return {false, 4, 8, 32, 512, 1, 8, rows, 4, 4};
+    case Format::tf32: return {true, 16, 8, 16, 1024, 4, resident, rows, 4, 4};
+    default: break;
+  }
+  if (tensor_cores) return {true, 16, 8, 32, 1024, 4, resident, rows, 2, 4};
+  return {false, 4, 8, 32, 512, 1, 8, rows, 2, 4};
+}
+
+// How a launch is cut up: what the kernel needs to know. A warp multiplies a bundle of `row_tiles` tiles of
+// rows at once, by `column_tiles` tiles of columns; its tiles of weights lie in registers, then in shared memory, and
+// the rest comes from L2 every step.
+struct Tiling {
+  int columns;           // of the problem
+  int group_columns;     // of a group
+  int pass_columns;      // multiplied between two barriers
+  int bundles;           // in a block
+  int k_warps;           // warps that share the terms; the block's others take other bundles
+  int k_steps;           // steps over k of one warp
+  int register_steps;    // of these, for a warp's first bundle, with weights in registers
+  int shared_tiles;      // of weights, for a warp, in shared memory
+  int stride;            // numbers from one column to the next in shared memory (local, cluster)
+};
+
+struct Plan {
+  Work work;
+  Method method;
+  EngineTraits engine;
+  Tiling tiling;
+  int blocks;  // in a group
+  int groups;  // for each direction
+  std::size_t shared_bytes;
+  std::size_t weights_bytes;  // packed, for each direction
+  std::size_t scratch_bytes;  // all the memory a call needs, packed weights included
+  double cycles;              // estimated, for a step
+  std::string reason;         // why the fallback was taken; else empty
+};
+
+// The best plan, or the best of one method. Throws std::invalid_argument where that method cannot run it.
+Plan plan_recurrence(const Device& device, const Work& work);
+Plan plan_recurrence(const Device& device, const Work& work, Method method);
+
+constexpr const char* name(Format format) {
+  switch (format) {
+    case Format::float32: return "float32";
+    case Format::tf32: return "tf32";
+    case Format::float64: return "float64";
+    case Format::float16: return "float16";
+    case Format::bfloat16: break;
+  }
+  return "bfloat16";
+}
+
+constexpr const char* name(Method method) {
+  switch (method) {
+    case Method::local: return "local";
+    case Method::cluster: return "cluster";
+    case Method::grid: return "grid";
+    case Method::steps: break;
+  }
+  return "steps";
+}
+
+// Memory of one call, in the order it lies in the scratch.
+struct Scratch {
+  std::size_t weights[2];  // packed
+  std::size_t flags[2];    // (groups, blocks) int: the steps a block has finished
+  std::size_t carry[2];    // backward (columns, H) State: dc on its way to the step before
+  std::size_t starts[2];   // backward (columns that reach the initial state, H) State: their dh0
+  std::size_t windows[2];  // backward (2, columns, G*H) Real: da of each window, where windows overlap
+  std::size_t flags_bytes, bytes;
+};
+
+Scratch scratch_layout(const Plan& plan);
+
+// Numbers from one column of partial sums to the next; the 4 spread a tile's columns over the banks.
+constexpr int partial_stride(const Tiling& tiling, int bundle_rows) {
+  return tiling.bundles * bundle_rows + 4;
+}
+
+constexpr Index aligned(Index bytes) { return (bytes + 127) / 128 * 128; }
+
+}  // namespace rnnfast::cuda

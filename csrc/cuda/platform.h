@@ -1,0 +1,283 @@
+// All that the kernels and their launches take from the machine they run on.
+//
+// nvcc gets the implementation below, the only code here that knows CUDA. For a test on a processor the
+// emulator (csrc/emu) gives the same names and is included first. Everything else in this directory is
+// plain C++17 and the same source in both.
+//
+//   RNNFAST_DEVICE, RNNFAST_ANYWHERE, RNNFAST_KERNEL,
+//   RNNFAST_ARGUMENT, RNNFAST_UNROLL, RNNFAST_ROLL          how functions, their arguments, loops are marked
+//   block_index, thread_index, shared_memory                where a thread is
+//   sync_block, sync_cluster                                barriers; they order all memory of their threads
+//   load_shared, store_shared, store_peer                   shared memory, one's own and a cluster peer's
+//   load_fresh                                              global memory as other blocks left it
+//   load_acquire, store_release, relax                      flags between blocks, and what to do while waiting
+//   fail                                                    an error that the host will see
+//   exchange_lanes, multiply                                a warp's: shuffle and matrix multiply-accumulate
+//   has_ and lacks_tensor_cores, widen, narrow, to_tf32      number formats
+//   Stream, LaunchShape, launch, clear, DeviceScope         the host's side
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "device.h"
+#include "real.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define RNNFAST_DEVICE __device__ __forceinline__
+#define RNNFAST_ANYWHERE __host__ __device__ __forceinline__
+#define RNNFAST_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define RNNFAST_ARGUMENT const __grid_constant__
+#define RNNFAST_UNROLL _Pragma("unroll")
+#define RNNFAST_ROLL _Pragma("unroll 1")
+
+namespace rnnfast::cuda {
+
+struct Place {
+  int x, y, z;
+};
+
+RNNFAST_DEVICE Place block_index() { return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)}; }
+RNNFAST_DEVICE int thread_index() { return int(threadIdx.x); }
+
+RNNFAST_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+RNNFAST_DEVICE void sync_block() { __syncthreads(); }
+
+// Before sm_90 a cluster is one block.
+RNNFAST_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+template <class T>
+RNNFAST_DEVICE T load_shared(const T* from) {
+  return *from;
+}
+
+template <class T>
+RNNFAST_DEVICE void store_shared(T* to, T value) {
+  *to = value;
+}
+
+// Stores to where `mine`, in this block's shared memory, lies in that of the cluster's block `rank`.
+template <class T>
+RNNFAST_DEVICE void store_peer(int rank, T* mine, T value) {
+#if __CUDA_ARCH__ >= 900
+  T* theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  *theirs = value;
+#else
+  *mine = value;
+#endif
+}
+
+// Past the first-level cache, which other blocks' stores do not reach.
+RNNFAST_DEVICE uint4 load_fresh(const uint4* from) { return __ldcg(from); }
+RNNFAST_DEVICE float load_fresh(const float* from) { return __ldcg(from); }
+RNNFAST_DEVICE double load_fresh(const double* from) { return __ldcg(from); }
+template <class T>
+RNNFAST_DEVICE T load_fresh(const T* from) {
+  static_assert(sizeof(T) == 2, "a 16-bit format");
+  return {__ldcg(reinterpret_cast<const unsigned short*>(from))};
+}
+
+RNNFAST_DEVICE int load_acquire(const int* flag) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+RNNFAST_DEVICE void store_release(int* flag, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+RNNFAST_DEVICE void relax() {}
+
+// Where the device is not one that this code was compiled for.
+RNNFAST_DEVICE void fail() { __trap(); }
+
+template <class T>
+RNNFAST_DEVICE T exchange_lanes(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// sums (16 x 8) += a (16 x 16) b (16 x 8), in the lanes' order that PTX calls mma.m16n8k16.
+#define RNNFAST_MMA(shape, type)                                                             \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 "                        \
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                           \
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1))
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define RNNFAST_HAS_MMA 0
+#else
+#define RNNFAST_HAS_MMA 1
+#endif
+// What this compilation is for; the emulator is for both.
+constexpr bool has_tensor_cores = RNNFAST_HAS_MMA, lacks_tensor_cores = !has_tensor_cores;
+
+template <class Format>
+RNNFAST_DEVICE void multiply(float (&sums)[4], const uint4& a, std::uint32_t b0, std::uint32_t b1);
+
+template <>
+RNNFAST_DEVICE void multiply<Float16>(float (&sums)[4], const uint4& a, std::uint32_t b0,
+                                      std::uint32_t b1) {
+#if RNNFAST_HAS_MMA
+  RNNFAST_MMA("m16n8k16", "f16");
+#else
+  fail();
+#endif
+}
+
+template <>
+RNNFAST_DEVICE void multiply<BFloat16>(float (&sums)[4], const uint4& a, std::uint32_t b0,
+                                       std::uint32_t b1) {
+#if RNNFAST_HAS_MMA
+  RNNFAST_MMA("m16n8k16", "bf16");
+#else
+  fail();
+#endif
+}
+
+// TF32, (16 x 8) += (16 x 8) (8 x 8): mma.m16n8k8.
+template <>
+RNNFAST_DEVICE void multiply<float>(float (&sums)[4], const uint4& a, std::uint32_t b0,
+                                    std::uint32_t b1) {
+#if RNNFAST_HAS_MMA
+  RNNFAST_MMA("m16n8k8", "tf32");
+#else
+  fail();
+#endif
+}
+
+#undef RNNFAST_MMA
+
+RNNFAST_DEVICE float widen(float value) { return value; }
+RNNFAST_DEVICE double widen(double value) { return value; }
+RNNFAST_DEVICE float widen(Float16 value) { return __half2float(__ushort_as_half(value.bits)); }
+RNNFAST_DEVICE float widen(BFloat16 value) { return __uint_as_float(std::uint32_t(value.bits) << 16); }
+
+template <class Real>
+RNNFAST_DEVICE Real narrow(StateOf<Real> value) {
+  return value;
+}
+template <>
+RNNFAST_DEVICE Float16 narrow<Float16>(float value) {
+  return {__half_as_ushort(__float2half_rn(value))};
+}
+template <>
+RNNFAST_DEVICE BFloat16 narrow<BFloat16>(float value) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
+
+// The bits of the TF32 number nearest to value.
+RNNFAST_DEVICE std::uint32_t to_tf32(float value) {
+#if RNNFAST_HAS_MMA
+  std::uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+#else
+  return __float_as_uint(value);
+#endif
+}
+
+// The host's side
+
+using Stream = cudaStream_t;
+
+inline void require(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would report it again
+  throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+}
+
+// The device that calls go to, for as long as this lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    require(cudaGetDevice(&before_), "cudaGetDevice");
+    require(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+  }
+  ~DeviceScope() { cudaSetDevice(before_); }
+  DeviceScope(const DeviceScope&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+struct LaunchShape {
+  Place grid;
+  int threads;
+  int cluster;         // blocks, along x
+  std::size_t shared;  // bytes
+  bool resident;       // all blocks must be on the device at once
+};
+
+// `what` names kernel and problem, for the message of an error.
+template <class... Parameters, class... Arguments>
+void launch(const std::string& what, void (*kernel)(Parameters...), const LaunchShape& shape,
+            Stream stream, const Arguments&... arguments) {
+  if (shape.shared > 0)
+    require(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared)),
+            what + ": shared memory");
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (shape.resident) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = unsigned(shape.cluster);
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(shape.grid.x), unsigned(shape.grid.y), unsigned(shape.grid.z));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  require(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), what);
+}
+
+inline void clear(void* memory, std::size_t bytes, Stream stream) {
+  require(cudaMemsetAsync(memory, 0, bytes, stream), "cudaMemsetAsync");
+}
+
+inline Device query_device(int index) {
+  const auto read = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    require(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
+    return value;
+  };
+  const int major = read(cudaDevAttrComputeCapabilityMajor);
+  const int minor = read(cudaDevAttrComputeCapabilityMinor);
+  return {10 * major + minor, read(cudaDevAttrMultiProcessorCount),
+          read(cudaDevAttrMaxSharedMemoryPerBlockOptin), major >= 9 ? 8 : 1,
+          read(cudaDevAttrCooperativeLaunch) != 0};
+}
+
+}  // namespace rnnfast::cuda
+
+#elif !defined(RNNFAST_EMULATOR)
+#error "compile with nvcc, or include the emulator's platform first"
+#endif

@@ -1,0 +1,224 @@
+"""The operators on CUDA tensors: products by torch (cuBLAS), the recurrence by our kernels.
+
+`Layers` is written against the extension module it is given and the tensors it gets, so the same code
+runs on a GPU with `_cuda` and, in tests, on CPU tensors with the kernels' emulator. Everything is
+queued on torch's current stream and allocated by torch; nothing waits for the device.
+
+Sums and cell states are float32 where the layer's dtype has 16 bits: c is kept in float32 then, and
+c_n rounded to the layer's dtype at the end. float32 products use TF32 where
+torch.backends.cuda.matmul.allow_tf32 says so, in the recurrence as in torch's own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from .ops import _check, _expect, window
+
+_FORMATS = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of the cell state of every step, c, in a layer of `dtype`."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
+
+
+class Layers:
+    """One layer in one direction, forward and backward, by the kernels of one extension module.
+
+    native: `_cuda` or the emulator. method: "local", "cluster", "grid" or "steps" to force how the
+    recurrence runs, "" to let the planner choose. Arguments and results of the methods are those of
+    the operators in ops.py.
+    """
+
+    def __init__(self, native: Any, method: str = "") -> None:
+        self.native = native
+        self.method = method
+        self._plan = lru_cache(maxsize=1024)(self._new_plan)
+        self._device = lru_cache(maxsize=None)(native.device_properties)
+
+    def lstm_layer(self, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
+        T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
+        window(T, k1, k2)
+        wide = state_dtype(x.dtype)
+        c = x.new_empty((T, B, H) if save else (0,), dtype=wide)
+        if T == 0 or B == 0:
+            gates = x.new_empty((T, B, 4, H) if save else (0,))
+            return x.new_empty(T, B, H), h0.clone(), c0.clone(), c, gates
+        h0, c0, w_hh = _dense(h0), _dense(c0, wide), _dense(w_hh)
+        a = _project(x, w_ih, b_ih, b_hh)
+        y, h_n, c_n = (
+            torch.empty_like(a[..., :H], memory_format=torch.contiguous_format),
+            *(
+                x.new_empty(B, H),
+                x.new_empty(B, H, dtype=wide),
+            ),
+        )
+        gates = a if save else None  # each gate takes the place of its pre-activation
+        arrays = (a, w_hh, h0, c0, y, h_n, c_n, c if save else None, gates)
+        self._run("forward", "lstm", x, T, B, H, T, T, reverse, arrays)
+        gates = a.view(T, B, 4, H) if save else x.new_empty(0)
+        return y, h_n, c_n.to(x.dtype), c, gates
+
+    def rnn_layer(self, x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
+        T, B, _, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
+        window(T, k1, k2)
+        cell = _cell(nonlinearity)
+        if T == 0 or B == 0:
+            return x.new_empty(T, B, H), h0.clone()
+        h0, w_hh = _dense(h0), _dense(w_hh)
+        y = _project(x, w_ih, b_ih, b_hh)  # h takes the place of its pre-activation
+        h_n = x.new_empty(B, H)
+        arrays = (y, w_hh, h0, None, y, h_n, None, None, None)
+        self._run("forward", cell, x, T, B, H, T, T, reverse, arrays)
+        return y, h_n
+
+    def lstm_layer_backward(
+        self, dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *wants
+    ):
+        states = {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
+        T, B, _, H = _check(4, x, w_ih, w_hh, None, None, states)
+        wide = state_dtype(x.dtype)
+        for name, tensor in {"dy": dy, "y": y}.items():
+            _expect(name, tensor, (T, B, H), x)
+        for name, tensor in {"dc": dc, "c": c}.items():
+            _expect(name, tensor, (T, B, H), x.new_empty(0, dtype=wide))
+        _expect("gates", gates, (T, B, 4, H), x)
+        if T == 0 or B == 0:
+            dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
+            dc0 = torch.zeros_like(c0) if dc_n is None else dc_n.clone()
+            dx, dw_ih, dw_hh, db = _no_gradients(x, w_ih, w_hh, *wants)
+            return dx, dh0, dc0, dw_ih, dw_hh, db
+        k1, k2 = window(T, k1, k2)
+        da, dh0 = x.new_empty(T, B, 4 * H), x.new_empty(B, H)
+        dc0 = x.new_empty(B, H, dtype=wide)
+        dy, dh_n, w_hh, gates = _dense(dy), _dense(dh_n), _dense(w_hh), _dense(gates)
+        dc_n, dc, c = _dense(dc_n, wide), _dense(dc, wide), _dense(c)
+        arrays = (dy, dh_n, dc_n, dc, w_hh, _dense(c0, wide), None, c, gates, da, dh0, dc0)
+        self._run("backward", "lstm", x, T, B, H, k1, k2, reverse, arrays)
+        dx, dw_ih, dw_hh, db = _products(da, x, h0, w_ih, y, reverse, *wants)
+        return dx, dh0, dc0.to(x.dtype), dw_ih, dw_hh, db
+
+    def rnn_layer_backward(
+        self, dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants
+    ):
+        T, B, _, H = _check(1, x, w_ih, w_hh, None, None, {"h0": h0, "dh_n": dh_n})
+        for name, tensor in {"dy": dy, "y": y}.items():
+            _expect(name, tensor, (T, B, H), x)
+        cell = _cell(nonlinearity)
+        if T == 0 or B == 0:
+            dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
+            dx, dw_ih, dw_hh, db = _no_gradients(x, w_ih, w_hh, *wants)
+            return dx, dh0, dw_ih, dw_hh, db
+        k1, k2 = window(T, k1, k2)
+        da, dh0 = x.new_empty(T, B, H), x.new_empty(B, H)
+        dy, dh_n, w_hh, y = _dense(dy), _dense(dh_n), _dense(w_hh), _dense(y)
+        arrays = (dy, dh_n, None, None, w_hh, None, y, None, None, da, dh0, None)
+        self._run("backward", cell, x, T, B, H, k1, k2, reverse, arrays)
+        dx, dw_ih, dw_hh, db = _products(da, x, h0, w_ih, y, reverse, *wants)
+        return dx, dh0, dw_ih, dw_hh, db
+
+    def _run(self, which, cell, x, T, B, H, k1, k2, reverse, arrays) -> None:
+        """Plan one recurrence and queue it; arrays in the order of csrc/rnnfast.h."""
+        index = 0 if x.device.index is None else x.device.index
+        plan = self._plan(index, which, cell, self._format(x, index), T, B, H, k1, k2)
+        scratch = x.new_empty(plan.scratch_bytes, dtype=torch.uint8)
+        kernel = getattr(self.native, f"{which}_{_FORMATS[x.dtype]}")
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        kernel(plan, [reverse], [list(map(_address, arrays))], _address(scratch), index, stream)
+
+    def _format(self, x: Tensor, index: int) -> str:
+        tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        if tf32 and self._device(index).capability >= 80:
+            return "tf32"
+        try:
+            return _FORMATS[x.dtype]
+        except KeyError:
+            raise NotImplementedError(
+                f"rnnfast's CUDA kernels have no {x.dtype}; they compute in float32, float64, "
+                "float16 and bfloat16"
+            ) from None
+
+    def _new_plan(self, index, which, cell, number_format, T, B, H, k1, k2):
+        sizes = (T, B, H, k1, k2)
+        return self.native.plan(
+            self._device(index), which == "backward", cell, number_format, *sizes, 1, self.method
+        )
+
+
+def _cell(nonlinearity: str) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity is {nonlinearity!r}, but should be 'tanh' or 'relu'")
+    return nonlinearity
+
+
+def _project(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
+    """x W_ih^T + b_ih + b_hh over all steps: (T, B, G * H), dense."""
+    biases = [b for b in (b_ih, b_hh) if b is not None]
+    T, B, I = x.shape
+    rows = x.reshape(T * B, I)
+    if biases:
+        a = torch.addmm(sum(biases[1:], biases[0]), rows, w_ih.t())
+    else:
+        a = torch.mm(rows, w_ih.t())
+    return a.view(T, B, -1)
+
+
+def _products(da, x, h0, w_ih, y, reverse, want_x, want_w_ih, want_w_hh, want_b):
+    """dx, dw_ih, dw_hh, db from da (T, B, G * H): products and sums over all steps."""
+    T, B, rows = da.shape
+    flat = da.view(T * B, rows)
+    dx = torch.mm(flat, w_ih).view(x.shape) if want_x else x.new_empty(0)
+    dw_ih = torch.mm(flat.t(), x.reshape(T * B, x.shape[-1])) if want_w_ih else x.new_empty(0)
+    dw_hh = db = x.new_empty(0)
+    if want_w_hh:
+        first, later, before = (-1, slice(-1), slice(1, None))
+        if not reverse:
+            first, later, before = (0, slice(1, None), slice(-1))
+        dw_hh = torch.mm(da[first].t(), h0)
+        if T > 1:
+            h_prev = y[before].reshape((T - 1) * B, -1)
+            dw_hh = torch.addmm(dw_hh, da[later].reshape((T - 1) * B, rows).t(), h_prev)
+    if want_b:
+        db = flat.sum(0)
+    return dx, dw_ih, dw_hh, db
+
+
+def _no_gradients(x, w_ih, w_hh, want_x, want_w_ih, want_w_hh, want_b):
+    """The same where there is no step or no batch row."""
+    return (
+        x.new_zeros(x.shape if want_x else (0,)),
+        x.new_zeros(w_ih.shape if want_w_ih else (0,)),
+        x.new_zeros(w_hh.shape if want_w_hh else (0,)),
+        x.new_zeros((w_hh.shape[0],) if want_b else (0,)),
+    )
+
+
+def register() -> None:
+    """Hands the operators of ops.py their CUDA kernels."""
+    layers = Layers(_native.cuda)
+    for name in ("lstm_layer", "rnn_layer", "lstm_layer_backward", "rnn_layer_backward"):
+        torch.library.impl(f"rnnfast::{name}", "CUDA")(getattr(layers, name))
+
+
+if _native.cuda is not None:
+    register()

@@ -1,0 +1,200 @@
+"""The CUDA kernels' own source on the emulator, against the textbook.
+
+Sizes are chosen for the edges inside the kernels: tiles have 16 or 4 rows of weights, 8 columns (on
+tensor cores 4 tiles of them side by side) and 16 or 32 terms, shared among 8 warps; forward two
+tiles of rows go side by side; a block has 256 threads for its cells. What an emulator can't show is
+in docs/cuda.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from emulated import device, emulating, native, run
+from one_layer import LAYOUTS, Case, assert_results, by_reference
+from pairwise import pairwise
+from rnnfast import cuda_ops
+
+METHODS = ["local", "cluster", "grid", "steps"]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LARGE = {"multiprocessors": 24}
+SMALL = {"multiprocessors": 8, "shared_bytes": 49152}  # several groups, weights streamed from L2
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that torch hands out is full of NaN: nothing may be read before it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(case, dtype, method="", seed=1, **properties):
+    with emulating(seed, **properties):
+        assert_results(case, run(case, dtype, method), by_reference(case, dtype))
+
+
+PAIRWISE = [
+    (choice.pop("dtype"), choice.pop("method"), choice.pop("properties"), Case(**choice))
+    for choice in pairwise(
+        dtype=DTYPES,
+        method=METHODS,
+        properties=[LARGE, SMALL],
+        cell=["lstm", "tanh", "relu"],
+        T=[1, 2, 3, 20],
+        B=[1, 2, 9, 35],
+        I=[0, 1, 5],
+        H=[9, 17, 40, 65],
+        reverse=[False, True],
+        biases=["both", "none", "input"],
+        layout=list(LAYOUTS),
+        truncate=[None, (1, 1), (2, 2), (2, 3), (3, 11)],
+    )
+]
+
+
+def can_run(case, dtype, method, properties):
+    """Whether there are enough rows of weights for a cluster, and room for one group's columns."""
+    if method == "steps":
+        return True
+    number = str(dtype).removeprefix("torch.")
+    k1, k2 = case.truncate or (case.T, case.T)
+    k1, k2 = min(k1, case.T), min(k2, -(-case.T // min(k1, case.T)) * min(k1, case.T))
+    try:
+        for backward in (False, True):
+            sizes = (case.T, case.B, case.H, k1, k2, 1, method)
+            native.plan(device(**properties), backward, case.cell, number, *sizes)
+    except ValueError:
+        return False
+    return True
+
+
+RUNNABLE = [choice for choice in PAIRWISE if can_run(choice[3], *choice[:3])]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method", "properties", "case"),
+    RUNNABLE,
+    ids=lambda value: (
+        {24: "large", 8: "small"}[value["multiprocessors"]]
+        if isinstance(value, dict)
+        else str(value)
+    ),
+)
+def test_pairwise(case, dtype, method, properties):
+    check(case, dtype, method, **properties)
+
+
+def test_every_method_and_dtype_is_among_them():
+    assert len(RUNNABLE) > 0.7 * len(PAIRWISE)
+    met = {(str(dtype), method) for dtype, method, *_ in RUNNABLE}
+    assert met == {(str(dtype), method) for dtype in DTYPES for method in METHODS}
+
+
+# (T, B, I, H)
+EDGES = [
+    ("lstm", 2, 8, 3, 16),  # whole tiles
+    ("lstm", 2, 33, 3, 20),  # a second pass over columns, of one column
+    ("tanh", 3, 2, 3, 260),  # all warps have terms; weights in registers, shared memory and L2
+    ("lstm", 2, 70, 2, 12),  # more cells than threads
+]
+
+
+EDGE_CASES = [
+    (Case(*sizes, reverse=sizes[1] % 2 == 0), method, dtype)
+    for sizes, method, dtype in itertools.product(EDGES, METHODS, DTYPES)
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "dtype"),
+    [edge for edge in EDGE_CASES if can_run(edge[0], edge[2], edge[1], SMALL)],
+    ids=str,
+)
+def test_edges_of_the_kernels(case, method, dtype):
+    check(case, dtype, method, **SMALL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_results_do_not_depend_on_the_order_of_threads(method, dtype):
+    case = Case("lstm", 4, 9, 2, 20, truncate=(2, 3))
+    results = []
+    for seed in (1, 2, 3):
+        with emulating(seed, **SMALL):
+            results.append(run(case, dtype, method))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["local", "grid", "steps"])
+@pytest.mark.parametrize("cell", ["lstm", "tanh"])
+def test_16_bits_without_tensor_cores(cell, method, dtype):
+    check(Case(cell, 4, 9, 3, 40), dtype, method, **SMALL, capability=75, largest_cluster=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cell", ["lstm", "relu"])
+def test_tf32_where_torch_allows_it(cell, method):
+    case = Case(cell, 4, 9, 3, 40)
+    with emulating(**SMALL):
+        exact = run(case, torch.float32, method)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            rounded = run(case, torch.float32, method)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+    assert not torch.equal(exact["y"], rounded["y"])
+    # TF32 keeps as many bits of an operand as float16 does.
+    rounded = {name: value.half() for name, value in rounded.items()}
+    assert_results(case, rounded, by_reference(case, torch.float32))
+
+
+@pytest.mark.parametrize("case", [Case("lstm", 2, 3, 2, 4), Case("tanh", 2, 3, 2, 4)], ids=str)
+def test_weights_that_are_not_finite_reach_what_they_touch(case):
+    """A window begins with nothing, not with zero times the weights."""
+    inputs, upstream = case.inputs(torch.float32), case.cotangents(torch.float32)
+    layers = cuda_ops.Layers(native)
+    inputs["w_hh"][0, 0] = float("nan")
+    y = torch.zeros(2, 3, 4)
+    wants = (False,) * 4
+    if case.cell == "lstm":
+        saved = (y, torch.zeros(2, 3, 4), torch.full((2, 3, 4, 4), 0.5))
+        states, names = (inputs["h0"], inputs["c0"]), ("y", "h_n", "c_n", "c")
+    else:
+        saved, states, names = (y,), (inputs["h0"],), ("y", "h_n")
+    backward = layers.lstm_layer_backward if case.cell == "lstm" else layers.rnn_layer_backward
+    options = () if case.cell == "lstm" else ("tanh",)
+    dh0 = backward(
+        *map(upstream.get, names),
+        *(inputs["x"], *states, inputs["w_ih"], inputs["w_hh"], *saved, *options),
+        *(False, 1, 1, *wants),
+    )[1]
+    assert dh0[:, 0].isnan().all()
+    assert dh0[:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 2, 4), (3, 0, 2, 4)], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "tanh"])
+def test_nothing_to_do(cell, sizes):
+    case = Case(cell, *sizes, upstream=("h_n", "c_n"))
+    with emulating():
+        results, want = run(case, torch.float32), by_reference(case, torch.float32)
+    for name in results:
+        assert torch.equal(results[name], want[name].float()), name
+
+
+def test_a_launch_that_does_not_fit_is_an_error_that_names_it():
+    plan = native.plan(device(), False, "lstm", "float32", 5, 3, 40, 5, 5, 1, "grid")
+    with emulating(multiprocessors=1):
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8)
+        keep = torch.zeros(160 * 160)
+        arrays = [keep.data_ptr()] * 9
+        with pytest.raises(
+            RuntimeError, match=r"forward \(grid\) of LSTM, T 5, B 3, H 40: too many blocks"
+        ):
+            native.forward_float32(plan, [False], [arrays], scratch.data_ptr(), 0, 0)

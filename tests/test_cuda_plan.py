@@ -1,0 +1,138 @@
+"""The planner of the CUDA kernels, a pure function of device and sizes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from emulated import DEVICE, device, native
+
+METHODS = ("local", "cluster", "grid", "steps")
+FORMATS = ("float32", "tf32", "float64", "float16", "bfloat16")
+SIZES = list(itertools.product((1, 100), (1, 3, 16, 300), (1, 17, 64, 128, 700, 1024, 4096)))
+
+
+def plan(T, B, H, *, backward=False, cell="lstm", number="bfloat16", method="", k=None, **options):
+    directions = options.pop("directions", 1)
+    sizes = (T, B, H, *(k or (T, T)), directions, method)
+    return native.plan(device(**options), backward, cell, number, *sizes).as_dict()
+
+
+def check(chosen, T, B, H, backward, cell, directions, properties):
+    """What every plan keeps to, whatever the device."""
+    gates = 4 if cell == "lstm" else 1
+    rows, terms = (H, gates * H) if backward else (gates * H, H)
+    block_rows = chosen["bundles"] * chosen["row_tiles"] * chosen["tile_rows"]
+    assert chosen["blocks"] * block_rows >= rows > (chosen["blocks"] - 1) * block_rows
+    assert chosen["groups"] * chosen["group_columns"] >= chosen["columns"]
+    assert (chosen["groups"] - 1) * chosen["group_columns"] < chosen["columns"]
+    step = {True: 16 if chosen["format"] == "tf32" else 32, False: 32}[chosen["tensor_cores"]]
+    assert chosen["k_steps"] * chosen["k_warps"] * step >= terms
+    assert 8 % chosen["k_warps"] == 0
+    assert chosen["register_steps"] <= chosen["k_steps"]
+    assert chosen["shared_bytes"] <= properties["shared_bytes"]
+    if chosen["method"] == "local":
+        assert chosen["blocks"] == 1
+    if chosen["method"] == "cluster":
+        assert 1 < chosen["blocks"] <= properties["largest_cluster"]
+    if chosen["method"] == "grid":
+        assert properties["cooperative"]
+        resident = chosen["blocks"] * chosen["groups"] * directions
+        assert resident <= properties["multiprocessors"]
+    if chosen["method"] == "steps":
+        assert chosen["register_steps"] == chosen["shared_tiles"] == 0
+    assert 0 < chosen["cycles"] < float("inf")
+
+
+DEVICES = {
+    "H200": {},
+    "A100": {
+        "capability": 80,
+        "multiprocessors": 108,
+        "shared_bytes": 166912,
+        "largest_cluster": 1,
+    },
+    "T4": {"capability": 75, "multiprocessors": 40, "shared_bytes": 65536, "largest_cluster": 1},
+    "slice": {"multiprocessors": 16},
+    "tiny": {"multiprocessors": 1, "shared_bytes": 49152, "largest_cluster": 1},
+    "not cooperative": {"cooperative": False},
+}
+
+
+@pytest.mark.parametrize("properties", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("number", FORMATS)
+def test_what_every_plan_keeps_to(number, properties):
+    described = device(**properties)
+    properties = {name: getattr(described, name) for name in DEVICE}
+    if number == "tf32" and properties["capability"] < 80:
+        with pytest.raises(ValueError, match=r"TF32 needs compute capability 8\.0.* has 7\.5"):
+            plan(1, 1, 1, number=number, **properties)
+        return
+    for (T, B, H), backward, cell in itertools.product(SIZES, (False, True), ("lstm", "tanh")):
+        chosen = plan(T, B, H, backward=backward, cell=cell, number=number, **properties)
+        check(chosen, T, B, H, backward, cell, 1, properties)
+        assert chosen["tensor_cores"] == (
+            properties["capability"] >= 80 and number not in ("float32", "float64")
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_can_be_forced(method):
+    assert plan(10, 8, 256, method=method)["method"] == method
+
+
+def test_small_layers_need_no_grid():
+    for B, backward in itertools.product((1, 16, 256), (False, True)):
+        assert plan(128, B, 64, backward=backward)["method"] == "local"
+
+
+def test_large_layers_take_the_grid_with_all_weights_on_chip():
+    chosen = plan(1024, 16, 768)
+    assert chosen["method"] == "grid"
+    warps_with_work = chosen["bundles"] * chosen["k_warps"] / 8
+    in_shared = chosen["shared_tiles"] + chosen["register_steps"] * chosen["row_tiles"]
+    assert in_shared >= warps_with_work * chosen["k_steps"] * chosen["row_tiles"]
+
+
+def test_what_could_not_be_resident_falls_back_to_steps():
+    with pytest.raises(ValueError, match="the method grid cannot run"):
+        plan(10, 16, 768, method="grid", cooperative=False)
+    # float64 of this size fits no single block's shared memory: only a grid or steps can do it.
+    sizes = {"number": "float64", "shared_bytes": 32768, "largest_cluster": 1}
+    assert plan(10, 16, 2048, cooperative=False, **sizes)["method"] == "steps"
+    assert "resident" in plan(10, 16, 2048, cooperative=False, **sizes)["reason"]
+
+
+def test_overlapping_windows_stay_in_one_group():
+    for k in ((4, 8), (3, 5)):
+        chosen = plan(64, 16, 256, backward=True, k=k)
+        assert chosen["groups"] == 1
+        assert chosen["columns"] == -(-64 // k[0]) * 16
+    assert plan(64, 16, 256, backward=True, k=(4, 4))["columns"] == 16 * 16
+
+
+def test_two_directions_share_the_device():
+    one = plan(100, 32, 512, method="grid")
+    two = plan(100, 32, 512, method="grid", directions=2)
+    assert 2 * two["blocks"] * two["groups"] <= 132 >= one["blocks"] * one["groups"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"capability": 70}, "compute capability 7.5, the device has 7.0"),
+        ({"number": "int8"}, "unknown number format int8"),
+        ({"cell": "gru"}, "unknown cell gru"),
+        ({"method": "best"}, "method is 'best', but should be local, cluster, grid or steps"),
+        ({"directions": 3}, "one or two directions"),
+        ({"k": (3, 2)}, "truncation must satisfy"),
+    ],
+)
+def test_mistakes(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan(10, 3, 4, **change)
+
+
+def test_more_than_a_kernel_counts():
+    with pytest.raises(ValueError, match="more than a CUDA kernel counts"):
+        plan(2**30, 1, 4)

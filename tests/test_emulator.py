@@ -1,0 +1,25 @@
+"""The emulator finds the faults it claims to find, each planted in a kernel of its own."""
+
+from __future__ import annotations
+
+import pytest
+from emulated import native
+
+FAULTS = {
+    "race": "two threads use shared memory, one to write",
+    "cluster race": "two threads use shared memory, one to write",
+    "barrier": "wait at a barrier that others have passed by",
+    "flag": "wait for a flag that nobody raises",
+    "residency": "wait for a flag that nobody raises",
+    "bounds": "shared memory is used out of bounds",
+}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(("fault", "message"), FAULTS.items(), ids=FAULTS)
+def test_fault(fault, message, seed):
+    native.set_seed(seed)
+    native.run_fault(fault, False)
+    with pytest.raises(RuntimeError, match=f"^{fault}: .*{message}"):
+        native.run_fault(fault, True)
+    native.run_fault(fault, False)  # and it works as before

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the emulator, as the extension module `native`, on a device that tests choose.
+"""The CUDA kernels on the emulator, as the module `native`, on a device that tests choose.
 
 `make test` builds it (`make emulator`); it is no part of the package.
 """

@@ -1,8 +1,8 @@
 """The operators on CUDA tensors: products by torch (cuBLAS), the recurrence by our kernels.
 
-`Layers` is written against the extension module it is given and the tensors it gets, so the same code
-runs on a GPU with `_cuda` and, in tests, on CPU tensors with the kernels' emulator. Everything is
-queued on torch's current stream and allocated by torch; nothing waits for the device.
+`Layers` is written against the extension module it is given and the tensors it gets, so the same
+code runs on a GPU with `_cuda` and, in tests, on CPU tensors with the emulator of the kernels.
+Everything is queued on torch's current stream and allocated by torch; nothing waits for the device.
 
 Sums and cell states are float32 where the layer's dtype has 16 bits: c is kept in float32 then, and
 c_n rounded to the layer's dtype at the end. float32 products use TF32 where

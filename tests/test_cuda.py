@@ -16,6 +16,7 @@ from emulated import device, emulating, native, run
 from one_layer import LAYOUTS, Case, assert_results, by_reference
 from pairwise import pairwise
 from rnnfast import cuda_ops
+from tolerance import assert_close
 
 METHODS = ["local", "cluster", "grid", "steps"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -198,3 +199,47 @@ def test_a_launch_that_does_not_fit_is_an_error_that_names_it():
             RuntimeError, match=r"forward \(grid\) of LSTM, T 5, B 3, H 40: too many blocks"
         ):
             native.forward_float32(plan, [False], [arrays], scratch.data_ptr(), 0, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_two_directions_in_one_launch(backward, method):
+    """Each has its own weights, states and outputs; results are those of one at a time."""
+    T, B, H, dtype = 5, 9, 20, torch.float64
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype) / 2
+
+    shapes = {
+        False: [(T, B, 4 * H), (4 * H, H), (B, H), (B, H)],  # a, w_hh, h0, c0
+        True: [
+            *[(T, B, H), (B, H), (B, H), (T, B, H)],  # dy, dh_n, dc_n, dc
+            *[(4 * H, H), (B, H), (T, B, H), (T, B, H), (T, B, 4, H)],  # w_hh, c0, y, c, gates
+        ],
+    }[backward]
+    outputs = {
+        False: [(T, B, H), (B, H), (B, H), (T, B, H), (T, B, 4, H)],  # y, h_n, c_n, c, gates
+        True: [(T, B, 4 * H), (B, H), (B, H)],  # da, dh0, dc0
+    }[backward]
+    inputs = [[filled(*shape) for shape in shapes] for _ in range(2)]
+
+    def launch(directions):
+        results = [
+            [torch.full(shape, torch.nan, dtype=dtype) for shape in outputs] for _ in directions
+        ]
+        arrays = [[*inputs[d], *results[n]] for n, d in enumerate(directions)]
+        plan = native.plan(
+            device(**SMALL), backward, "lstm", "float64", T, B, H, 2, 2, len(directions), method
+        )
+        scratch = torch.full((plan.scratch_bytes,), 255, dtype=torch.uint8)
+        addresses = [[tensor.data_ptr() for tensor in layer] for layer in arrays]
+        kernel = native.backward_float64 if backward else native.forward_float64
+        with emulating(**SMALL):
+            kernel(plan, [d == 1 for d in directions], addresses, scratch.data_ptr(), 0, 0)
+        return results
+
+    both = launch([0, 1])
+    for n in range(2):
+        for got, want in zip(both[n], launch([n])[0], strict=True):
+            assert_close(got, want, K=4 * H, T=T)

@@ -36,7 +36,7 @@ struct Fma {
   static constexpr int tile_rows = 4, tile_columns = 8, step = 32;
   static constexpr int planes = sizeof(State) / 4;
   static constexpr int column_tiles = 1;  // side by side
-  static constexpr int resident_tiles = sizeof(State) == 4 ? 8 : 4;  // of weights, in registers
+  static constexpr int resident_tiles = sizeof(State) == 4 ? 8 : 2;  // of weights, in registers
   static constexpr int row_tiles = sizeof(State) == 4 ? rows_ : 1;  // side by side
   // The 16-bit formats have tensor cores wherever they have machine code of their own.
   static constexpr bool is_built = sizeof(Real) > 2 || lacks_tensor_cores;
@@ -126,8 +126,8 @@ struct Mma {
   static constexpr int chunk = 16 / sizeof(Real);  // numbers in 16 bytes
   static constexpr int tile_rows = 16, tile_columns = 8, step = 4 * chunk;
   static constexpr int planes = 2;
-  static constexpr int column_tiles = 4;
-  static constexpr int resident_tiles = rows_ == 1 ? 6 : 8;
+  static constexpr int column_tiles = rows_ == 1 ? 2 : 4;
+  static constexpr int resident_tiles = 6;
   static constexpr int row_tiles = rows_;
   static constexpr bool is_built = has_tensor_cores;
 

@@ -47,14 +47,14 @@ struct EngineTraits {
 constexpr int rows_side_by_side(Pass pass) { return pass == Pass::forward ? 2 : 1; }
 
 constexpr EngineTraits engine_traits(Format format, bool tensor_cores, Pass pass) {
-  const int rows = rows_side_by_side(pass), resident = rows == 1 ? 6 : 8;
+  const int rows = rows_side_by_side(pass), columns = rows == 1 ? 2 : 4;
   switch (format) {
-    case Format::float64: return {false, 4, 8, 32, 1024, 1, 4, 1, 8, 8};
+    case Format::float64: return {false, 4, 8, 32, 1024, 1, 2, 1, 8, 8};
     case Format::float32: return {false, 4, 8, 32, 512, 1, 8, rows, 4, 4};
-    case Format::tf32: return {true, 16, 8, 16, 1024, 4, resident, rows, 4, 4};
+    case Format::tf32: return {true, 16, 8, 16, 1024, columns, 6, rows, 4, 4};
     default: break;
   }
-  if (tensor_cores) return {true, 16, 8, 32, 1024, 4, resident, rows, 2, 4};
+  if (tensor_cores) return {true, 16, 8, 32, 1024, columns, 6, rows, 2, 4};
   return {false, 4, 8, 32, 512, 1, 8, rows, 2, 4};
 }
 

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _native
+
 # Devices the operators have kernels for; meta tensors go through the operators' shape functions.
-KERNEL_DEVICES = frozenset({"cpu", "meta"})
+KERNEL_DEVICES = frozenset({"cpu", "meta"} | ({"cuda"} if _native.cuda else set()))
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64})
-# Computed in float32 and rounded on the way out.
+# On the CPU computed in float32 and rounded on the way out.
 HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # w_ih, w_hh, b_ih, b_hh (None without bias), and w_hr where there is a projection.
@@ -89,8 +91,11 @@ def group_weights(
         else:
             groups.append((group[0], group[1], None, None, *group[2:]))
     if device.type not in KERNEL_DEVICES:
+        built = ""
+        if device.type == "cuda":
+            built = f" ({_native.cuda_missing}; reinstall with nvcc 12.4 or newer on PATH)"
         raise RuntimeError(
-            f"{kind}: rnnfast has no kernels for device {device}; move module and input "
+            f"{kind}: rnnfast has no kernels for device {device}{built}; move module and input "
             "to the cpu, or use torch.nn there (rnnfast.revert(module))"
         )
     if dtype not in KERNEL_DTYPES and dtype not in HALF_DTYPES:

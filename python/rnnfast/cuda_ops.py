@@ -214,11 +214,9 @@ def _no_gradients(x, w_ih, w_hh, want_x, want_w_ih, want_w_hh, want_b):
 
 
 def register() -> None:
-    """Hands the operators of ops.py their CUDA kernels."""
+    """Hands the operators of ops.py their CUDA kernels, where these were built."""
+    if _native.cuda is None:
+        return
     layers = Layers(_native.cuda)
     for name in ("lstm_layer", "rnn_layer", "lstm_layer_backward", "rnn_layer_backward"):
         torch.library.impl(f"rnnfast::{name}", "CUDA")(getattr(layers, name))
-
-
-if _native.cuda is not None:
-    register()

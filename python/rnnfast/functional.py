@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import bptt, checks, direct, packed, projected, stack
+from . import bptt, checks, cuda_ops, direct, packed, projected, stack
 from .bptt import Truncation
 from .checks import LayerWeights
 from .stack import Layer, State
+
+cuda_ops.register()
 
 
 def lstm(
@@ -53,7 +55,9 @@ def lstm(
         (y, (h_n, c_n)), with return_cells (y, (h_n, c_n), cells). y has the shape of x with
         D * (P or H) features; cells, of the last layer, has D * H features.
 
-    float32 and float64 are computed as such; float16 and bfloat16 in float32, rounded at the end.
+    float32 and float64 are computed as such; float16 and bfloat16 in float32, rounded at the end,
+    on CUDA with h rounded every step. CUDA float32 is TF32 where
+    torch.backends.cuda.matmul.allow_tf32 says so.
     Under torch.autocast input and state are cast to the weights' dtype, which is the result's.
 
     Raises ValueError, RuntimeError or TypeError where torch.nn.LSTM does: for shapes, dtypes and
@@ -246,7 +250,10 @@ def _run(
     k1, k2 = _truncation(kind, truncate, T, directions, len(groups), grad)
 
     dtype = x.dtype
-    if dtype in checks.HALF_DTYPES:
+    # The CUDA kernels keep their sums in float32 themselves, where the layer is one operator.
+    in_kernel = x.is_cuda and sequence is None and k1 == k2 and layer is not _projected_layer
+    widened = dtype in checks.HALF_DTYPES and not in_kernel
+    if widened:
         x = x.float()
         states, groups = [_float(s) for s in states], [_float(group) for group in groups]
 
@@ -267,7 +274,7 @@ def _run(
         state = tuple(s.unsqueeze(0) for s in finals[0])
     else:
         state = tuple(torch.stack(s) for s in zip(*finals, strict=True))
-    if dtype in checks.HALF_DTYPES:
+    if widened:
         y, state = y.to(dtype), tuple(s.to(dtype) for s in state)
     cells = torch.cat(cells, -1).to(dtype) if return_cells else None
 
@@ -372,14 +379,15 @@ def _step(
         state = checks.check_states(kind, hx, [(*lead, hidden)] * states, w_ih, (1, 2))
     save = _needs_grad(x, state, [group])
     dtype = x.dtype
-    if dtype in checks.HALF_DTYPES:
+    widened = dtype in checks.HALF_DTYPES and not x.is_cuda
+    if widened:
         x, state, group = x.float(), _float(state), _float(group)
     if not lead:
         x, state = x.unsqueeze(0), [s.unsqueeze(0) for s in state]
     final = layer(x.unsqueeze(0), state, group, False, 0, 0, save)[1]
     if not lead:
         final = tuple(s.squeeze(0) for s in final)
-    return tuple(s.to(dtype) for s in final) if dtype in checks.HALF_DTYPES else final
+    return tuple(s.to(dtype) for s in final) if widened else final
 
 
 def _needs_grad(x: Tensor, states: Sequence[Tensor], groups: list[LayerWeights]) -> bool:

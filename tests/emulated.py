@@ -1,10 +1,12 @@
 """The CUDA kernels on the emulator, as the module `native`, on a device that tests choose.
 
-`make test` builds it (`make emulator`); it is no part of the package.
+`make test` builds it (`make emulator`); it is no part of the package. The environment variable
+RNNFAST_EMULATOR names another folder to take it from, such as one built with sanitizers.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,9 @@ from one_layer import Case
 from rnnfast import cuda_ops
 from torch import Tensor
 
-_BUILT = Path(__file__).parents[1] / "build" / "emulator"
+_BUILT = Path(
+    os.environ.get("RNNFAST_EMULATOR", Path(__file__).parents[1] / "build" / "emulator")
+).resolve()
 sys.path.append(str(_BUILT))
 try:
     import _emulated as native

@@ -1,4 +1,4 @@
-"""What gpu_check.sh runs: small cases for compute-sanitizer, measurements, the table of results.
+"""What gpu_check.sh runs on the GPU: small cases for compute-sanitizer, and measurements.
 
 Candidates are timed with device events, in blocks in shuffled order within one process, each block
 about the same time; the median block counts. Both sides compute in the same math mode. Results are
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import random
 import statistics
 import time
@@ -190,60 +189,18 @@ def small() -> None:
         print(method, dtype, "ok", flush=True)
 
 
-def gather(folder: Path) -> None:
-    """One JSON of all parts, and the table."""
-    everything: dict[str, Any] = {"parts": (folder / "parts.txt").read_text().splitlines()}
-    for name in ("bench", "sync"):
-        try:
-            everything[name] = json.loads((folder / f"{name}.json").read_text())
-        except (OSError, ValueError) as error:
-            everything[name] = {"error": str(error)}
-    (folder / "gpu_check.json").write_text(json.dumps(everything, indent=1))
-    for line in everything["parts"]:
-        print(line)
-    for name, value in everything["sync"].items():
-        print(f"{name:20} {value}")
-    results = everything["bench"]
-    for name, value in results.get("ceilings", {}).items():
-        print(f"{name:20} {value:.1f}")
-    whats = ("forward", "forward + backward")
-    for point in results.get("points", [])[:3]:
-        label = f"{point['cell']} {point['math']} H {point['H']} B {point['B']} T {point['T']}"
-        for what in whats:
-            ours, theirs = point[what]["ours"], point[what]["torch"]
-            step = point[what]["us a step"]
-            print(f"{label:32} {what:18} {theirs / ours:6.2f}x  {step:8.2f} us a step")
-    if "tbptt" in results:
-        taken = results["tbptt"]["backward"]
-        print(f"{'TBPTT 64 over 16,384':32} {'backward':18} {taken['torch'] / taken['ours']:6.2f}x")
-    grid = [point for point in results.get("points", []) if point["name"] == "grid"]
-    for what in whats:
-        ratios = [point[what]["torch"] / point[what]["ours"] for point in grid]
-        if ratios:
-            mean = math.exp(statistics.fmean(map(math.log, ratios)))
-            level = sum(ratio >= 1 for ratio in ratios) / len(ratios)
-            print(f"grid, {len(ratios)} points, {what}: {mean:.2f}x, {level:.0%} at 1.0x or more")
-    for error in results.get("errors", [])[:10]:
-        print("error:", error)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     timed = commands.add_parser("bench", help="measure, writing JSON")
     timed.add_argument("--out", type=Path, required=True)
-    timed.add_argument("--seconds", type=float, default=140)
+    timed.add_argument("--seconds", type=float, default=100)
     commands.add_parser("small", help="small cases of every method")
-    commands.add_parser("gather", help="collect a folder's results").add_argument(
-        "folder", type=Path
-    )
     arguments = parser.parse_args()
     if arguments.command == "bench":
         bench(arguments.out, arguments.seconds)
-    elif arguments.command == "small":
-        small()
     else:
-        gather(arguments.folder)
+        small()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 #   benchmarks/gpu_check.sh OUTDIR [build] [test] [bench]      (all three unless some are named)
 #
 # Uses the python3, torch, nvcc, pybind11, scikit-build-core and CMake that are there, and no network. Each part
-# has its own time limit and log; one that fails is reported and does not stop the rest. The exit status
-# is 0 if all went well. Results: OUTDIR/gpu_check.json, OUTDIR/table.txt, OUTDIR/*.log.
+# has its own time limit, all together under nine minutes, and its log; one that fails is reported and does
+# not stop the rest. The exit status is 0 if all went well. Results: OUTDIR/gpu_check.json, OUTDIR/table.txt, OUTDIR/*.log.
 set -u
 cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { sed -n '2,10s/^# \?//p' "$0"; exit 2; }
@@ -41,19 +41,19 @@ if wanted build; then
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
   case $capability in 90 | 100) architecture="${capability}a-real" ;; ?*) architecture="$capability-real" ;; *) architecture="90a-real" ;; esac
   rm -rf "$SITE"
-  RNNFAST_CUDA=ON part build 180 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index \
+  RNNFAST_CUDA=ON part build 150 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index \
     --disable-pip-version-check --target "$SITE" \
     --config-settings="cmake.define.RNNFAST_CUDA_ARCHITECTURES=$architecture" .
-  part sync-build 60 nvcc -std=c++17 -O3 "-gencode=arch=compute_${architecture%-real},code=sm_${architecture%-real}" \
+  part sync-build 40 nvcc -std=c++17 -O3 "-gencode=arch=compute_${architecture%-real},code=sm_${architecture%-real}" \
     -o "$OUT/gpu_sync" benchmarks/gpu_sync.cu
 fi
 
 if wanted test; then
-  part test 150 "$PYTHON" -m pytest -q -p no:cacheprovider -W default --maxfail=20 \
+  part test 120 "$PYTHON" -m pytest -q -p no:cacheprovider -W default --maxfail=20 \
     --junitxml="$OUT/test.xml" tests/test_gpu.py
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      part $tool 50 compute-sanitizer --tool $tool --error-exitcode 9 "$PYTHON" -m benchmarks.gpu small
+      part $tool 40 compute-sanitizer --tool $tool --error-exitcode 9 "$PYTHON" -m benchmarks.gpu small
     done
   else
     echo "compute-sanitizer is not there: skipped" | tee -a "$OUT/parts.txt"
@@ -62,9 +62,9 @@ if wanted test; then
 fi
 
 if wanted bench; then
-  part sync 30 bash -c '"$0" >"$1"' "$OUT/gpu_sync" "$OUT/sync.json"
-  part bench 170 "$PYTHON" -m benchmarks.gpu bench --out "$OUT/bench.json" --seconds 140
+  part sync 20 bash -c '"$0" >"$1"' "$OUT/gpu_sync" "$OUT/sync.json"
+  part bench 125 "$PYTHON" -m benchmarks.gpu bench --out "$OUT/bench.json" --seconds 100
 fi
 
-"$PYTHON" -m benchmarks.gpu gather "$OUT" | tee "$OUT/table.txt"
+"$PYTHON" benchmarks/gpu_table.py "$OUT" | tee "$OUT/table.txt"
 [ ${#failed[@]} -eq 0 ] || { echo "not well: ${failed[*]}"; exit 1; }

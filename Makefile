@@ -17,8 +17,11 @@ $(BIN)/python:
 INSTALLED := $(VENV)/.installed
 $(INSTALLED): $(BIN)/python constraints.txt pyproject.toml CMakeLists.txt \
               $(shell find csrc cmake python -type f -not -name '*.so' -not -name '*.pyc')
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[cli,test,bench]"
-	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	wheel=$$(echo build/wheel/*.whl) && \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$$wheel[cli,test,bench]" && \
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall "$$wheel"
 	touch $@
 
 install: $(INSTALLED)

@@ -14,18 +14,19 @@ namespace {
 // address every few dozen cycles, and its prefetching stops at the end of each page.
 constexpr std::size_t huge_page = std::size_t{2} << 20;
 
-std::byte* allocate(std::size_t bytes) {
-  auto* memory = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{huge_page}));
+}  // namespace
+
+Memory allocate(std::size_t bytes) {
+  const std::size_t alignment = bytes >= huge_page ? huge_page : cache_line;
+  Memory memory(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment})), {alignment});
 #if defined(__linux__)
-  if (bytes >= huge_page) madvise(memory, bytes / huge_page * huge_page, MADV_HUGEPAGE);
+  if (bytes >= huge_page) madvise(memory.get(), bytes / huge_page * huge_page, MADV_HUGEPAGE);
 #endif
   return memory;
 }
 
-}  // namespace
-
-void Workspace::Free::operator()(std::byte* memory) const {
-  ::operator delete(memory, std::align_val_t{huge_page});
+void FreeMemory::operator()(std::byte* memory) const {
+  ::operator delete(memory, std::align_val_t{alignment});
 }
 
 Workspace& Workspace::with_room(std::size_t bytes) {
@@ -34,7 +35,7 @@ Workspace& Workspace::with_room(std::size_t bytes) {
   if (bytes > workspace.capacity_) {
     workspace.memory_.reset();
     workspace.capacity_ = 0;
-    workspace.memory_.reset(allocate(bytes));
+    workspace.memory_ = allocate(bytes);
     workspace.capacity_ = bytes;
   }
   return workspace;

@@ -1,4 +1,4 @@
-// Scratch memory of the calling thread, kept from call to call.
+// Memory that kernels work in: scratch of the calling thread, kept from call to call.
 //
 // Packed weights and row buffers are needed anew in every call; fresh pages from the system would cost
 // more than packing does. What is kept is bounded: a larger piece is given back after the call.
@@ -13,6 +13,15 @@ namespace rnnfast::cpu {
 
 constexpr std::size_t cache_line = 64;
 constexpr std::size_t kept_bytes = std::size_t{64} << 20;
+
+struct FreeMemory {
+  std::size_t alignment = cache_line;
+  void operator()(std::byte* memory) const;
+};
+using Memory = std::unique_ptr<std::byte, FreeMemory>;
+
+// Memory for weights and buffers, on huge pages where it is large enough; throws std::bad_alloc.
+Memory allocate(std::size_t bytes);
 
 class Workspace {
  public:
@@ -37,10 +46,7 @@ class Workspace {
   void release();
 
  private:
-  struct Free {
-    void operator()(std::byte* memory) const;
-  };
-  std::unique_ptr<std::byte, Free> memory_;
+  Memory memory_;
   std::size_t capacity_ = 0, used_ = 0;
 };
 

@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/packs.h"
 #include "cpu/peaks.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
@@ -99,15 +100,42 @@ py::dict build_info() {
       "isa"_a = cpu::kernels().name, "openmp"_a = openmp_library());
 }
 
-py::dict plan(Index steps, Index rows, Index units, Index gates, Index terms, Index product_terms,
-              Index vector_width, Index real_bytes, Index tile_rows, Index l1_bytes, Index l2_bytes,
-              int threads) {
-  const cpu::Plan plan =
-      cpu::plan_recurrence({steps, rows, units, gates, terms, product_terms},
-                           {vector_width, real_bytes, tile_rows, l1_bytes, l2_bytes}, threads);
+py::dict described(const cpu::Plan& plan) {
   return py::dict("threads"_a = plan.threads,
                   "split"_a = plan.split == cpu::Split::rows ? "rows" : "units",
-                  "cycles"_a = plan.cycles);
+                  "pack"_a = plan.pack, "chunk"_a = plan.chunk, "cycles"_a = plan.cycles);
+}
+
+py::dict plan_recurrence(Index steps, Index rows, Index units, Index gates, Index terms,
+                         Index product_terms, Index vector_width, Index real_bytes, Index tile_rows,
+                         Index row_block, Index l1_bytes, Index l2_bytes, int threads) {
+  return described(cpu::plan_recurrence(
+      {steps, rows, units, gates, terms, product_terms},
+      {vector_width, real_bytes, tile_rows, row_block, l1_bytes, l2_bytes}, threads));
+}
+
+// The plan of a layer forward on this machine, and the tile of the kernels that carry it out.
+template <class Real>
+py::dict plan_forward(Index gates, Index T, Index B, Index I, Index H, int threads) {
+  const LayerShape shape{gates == 4 ? Cell::lstm : Cell::rnn_tanh, T, B, I, H, false, threads};
+  require(check(shape));
+  const cpu::Engine engine = cpu::kernels().of<Real>().engine();
+  py::dict plan = described(cpu::plan_forward(shape, engine));
+  plan["tile_rows"] = engine.tile_rows;
+  plan["vector_width"] = engine.vector_width;
+  return plan;
+}
+
+// Sizes of a core's L1 and L2 cache, and of the L3 cache.
+std::vector<Index> cache_bytes() {
+  return {cpu::l1_cache_bytes(), cpu::l2_cache_bytes(), cpu::l3_cache_bytes()};
+}
+
+py::dict pool_state() {
+  const cpu::PoolState state = cpu::pool_state();
+  return py::dict("packs"_a = state.packs, "bytes"_a = state.bytes, "reused"_a = state.reused,
+                  "packed"_a = state.packed, "most_packs"_a = cpu::most_pool_packs,
+                  "most_bytes"_a = cpu::most_pool_bytes);
 }
 
 template <class Real>
@@ -115,6 +143,7 @@ void bind_precision(py::module_& module, const std::string& suffix) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   module.def(("layer_forward_" + suffix).c_str(), &layer_forward<Real>, released);
   module.def(("layer_backward_" + suffix).c_str(), &layer_backward<Real>, released);
+  module.def(("plan_forward_" + suffix).c_str(), &plan_forward<Real>);
   module.def(("evaluate_" + suffix).c_str(), &evaluate<Real>, released);
   module.def(("fma_peak_" + suffix).c_str(), &cpu::fma_peak<Real>, released);
 }
@@ -126,7 +155,13 @@ PYBIND11_MODULE(_core, module) {
   bind_precision<float>(module, "float32");
   bind_precision<double>(module, "float64");
   module.def("read_bandwidth", &cpu::read_bandwidth, py::call_guard<py::gil_scoped_release>());
-  module.def("plan_recurrence", &plan);
+  module.def("plan_recurrence", &plan_recurrence);
+  module.def("cache_bytes", &cache_bytes);
+  module.def("hash_bytes", [](Address from, std::size_t bytes) {
+    return cpu::kernels().hash_bytes(at<void>(from), bytes);
+  });
+  module.def("pool_state", &pool_state);
+  module.def("empty_pool", &cpu::empty_pool);
   module.def("use_isa", &cpu::use_isa);
   module.def("build_info", &build_info);
 }

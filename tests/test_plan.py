@@ -12,6 +12,7 @@ ENGINE = {  # in the order of the arguments
     "vector_width": 16,
     "real_bytes": 4,
     "tile_rows": 6,
+    "row_block": 128,
     "l1_bytes": 32 << 10,
     "l2_bytes": 1 << 20,
 }
@@ -58,6 +59,8 @@ def test_what_every_plan_keeps_to(sizes):
             assert chosen["threads"] <= parts
         assert chosen == plan(T, B, I, H, threads, gates)
         assert 0 <= chosen["cycles"] < float("inf")
+        assert chosen["pack"] == (T * B >= 5)
+        assert 1 <= chosen["chunk"] <= T
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -89,3 +92,18 @@ def test_slices_that_fit_a_cache_are_worth_a_barrier():
     sizes = (100, 16, 512, 512)
     assert plan(*sizes, 4, l2_bytes=1 << 20)["split"] == "units"
     assert plan(*sizes, 4, l2_bytes=16 << 20)["split"] == "rows"
+
+
+def test_a_chunk_is_a_block_of_rows_of_one_thread():
+    for sizes, threads, chunk in (
+        ((500, 1, 8, 8), 1, 128),
+        ((500, 3, 8, 8), 1, 42),
+        ((500, 200, 8, 8), 1, 1),
+        ((20, 1, 8, 8), 1, 20),  # there are no more steps
+        ((500, 40, 128, 128), 2, 6),  # 20 rows each
+        ((500, 2, 1024, 1024), 2, 64),  # both rows, half of the units
+    ):
+        chosen = plan(*sizes, threads)
+        assert chosen["threads"] == threads
+        assert chosen["chunk"] == chunk, (sizes, chosen)
+    assert plan(500, 1, 8, 8, 1, row_block=16)["chunk"] == 16

@@ -28,7 +28,7 @@ SHARED_BY = {  # (T, B, I, H) by what the planner shares between threads
 def plans(case, dtype, threads):
     """The plans of forward and backward for the instruction set in use."""
     width = VECTOR_BYTES[_native.build_info()["isa"]] // dtype.itemsize
-    machine = (width, dtype.itemsize, 6, 48 << 10, 2 << 20)
+    machine = (width, dtype.itemsize, 6, 128, 48 << 10, 2 << 20)
     T, B, I, H, G = case.T, case.B, case.I, case.H, case.gates
     k1, k2 = case.truncate or (T, T)
     plan = _native.core.plan_recurrence

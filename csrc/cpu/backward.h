@@ -306,14 +306,11 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCells&& mak
   const Index window_rows = truncation.blocks() * B;
   const Index starts = truncation.windows_to_start() * B;
   const Columns<Real> hidden{H, 1}, input{I, 1};
-  const bool pack = T * B >= packing_pays;
-  const Index product_terms = gates * ((layer.dx ? I : 0) + I + H);
-  const Plan plan = plan_recurrence({layer.k2, window_rows, H, 1, GH, product_terms},
-                                    engine<Real>(), layer.shape.threads);
+  const Plan plan = plan_backward(layer.shape, layer.k1, layer.k2, layer.dx != nullptr, engine<Real>());
 
   // Without packing, only a last panel that is not full.
-  const Index ih_count = layer.dx ? (pack ? input.panels() : 1) * GH * panel_width<Real> : 0;
-  const Index hh_count = (pack ? hidden.panels() : 1) * GH * panel_width<Real>;
+  const Index ih_count = layer.dx ? (plan.pack ? input.panels() : 1) * GH * panel_width<Real> : 0;
+  const Index hh_count = (plan.pack ? hidden.panels() : 1) * GH * panel_width<Real>;
   const Index carry_count = gates == 4 ? window_rows * H : 0;
   const bool whole = layer.k1 < T;  // several windows take each step all over the sequence
   const Index chunk = whole ? T : chunk_steps<Real>(T, B, GH);
@@ -356,7 +353,7 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCells&& mak
       add_starts(team, truncation.windows_to_start(), B * H, scratch.dc_start, layer.dc0);
   };
   auto body = [&](Team& team) {
-    if (pack) {
+    if (plan.pack) {
       pack_share(team, hidden, GH, layer.w_hh, packed_hh);
       if (layer.dx) pack_share(team, input, GH, layer.w_ih, packed_ih);
       team.barrier();

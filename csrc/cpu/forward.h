@@ -3,11 +3,13 @@
 // A chunk is as many steps as make a full block of rows for the projection; its pre-activations are then
 // still in cache when the recurrence reads them. A thread projects exactly the rows, or the hidden units,
 // whose recurrence it computes, so the only hand-over between threads is h, once a step, and there is
-// none where threads own batch rows.
+// none where threads own batch rows. Packed weights are kept for the next call (packs.h).
 #pragma once
 
 #include "../dispatch.h"
+#include "fingerprint.h"
 #include "gemm.h"
+#include "packs.h"
 #include "plan.h"
 #include "unpacked.h"
 #include "vmath.h"
@@ -17,7 +19,7 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 
 template <class Real>
 Engine engine() {
-  return {Vec<Real>::width, sizeof(Real), tile_rows, l1_cache_bytes(), l2_cache_bytes()};
+  return {Vec<Real>::width, sizeof(Real), tile_rows, row_block, l1_cache_bytes(), l2_cache_bytes()};
 }
 
 // What a thread owns of a recurrence.
@@ -138,8 +140,7 @@ struct RnnForward {
 // One thread's part of the whole layer; Right is how the weights are laid out.
 template <class Real, class CellLayer, class Right>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
-                  const CellLayer& cell_layer, const Right& w_ih, const Right& w_hh, Index chunk,
-                  Real* buffer) {
+                  const CellLayer& cell_layer, const Right& w_ih, const Right& w_hh, Real* buffer) {
   constexpr Index width = Vec<Real>::width;
   constexpr Index gates = CellLayer::gates;
   const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
@@ -147,8 +148,8 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
   const Part part = part_of(team, plan, B, columns.unit_vectors());
   const Index rows = part.rows.size();
   const Index blocks = ceil_div(rows, row_block);
-  for (Index begin = 0; begin < T; begin += chunk) {
-    const Index end = std::min(begin + chunk, T);
+  for (Index begin = 0; begin < T; begin += plan.chunk) {
+    const Index end = std::min(begin + plan.chunk, T);
     const auto step = [&](Index p) {
       return layer.shape.reverse ? Step{p, T - 1 - p, T - p, p - begin}
                                  : Step{p, p, p - 1, p - begin};
@@ -212,22 +213,24 @@ template <class Real, class MakeCells>
 void run_forward(const LayerForward<Real>& layer, Index gates, MakeCells&& make_cells) {
   const LayerShape& shape = layer.shape;
   const Columns<Real> columns{shape.H, gates};
-  const bool pack = shape.T * shape.B >= packing_pays;
-  const Plan plan = plan_recurrence({shape.T, shape.B, shape.H, gates, shape.H, shape.I},
-                                    engine<Real>(), shape.threads);
-  const Index rows = plan.split == Split::rows ? ceil_div(shape.B, plan.threads) : shape.B;
-  const Index chunk = std::clamp<Index>(row_block / rows, 1, shape.T);
-  const Index ih_count = pack ? columns.panels() * shape.I * panel_width<Real> : 0;
-  const Index hh_count = pack ? columns.panels() * shape.H * panel_width<Real> : 0;
+  const Plan plan = plan_forward(shape, engine<Real>());
+  const Index ih_count = plan.pack ? columns.panels() * shape.I * panel_width<Real> : 0;
+  const Index hh_count = plan.pack ? columns.panels() * shape.H * panel_width<Real> : 0;
   const Index buffer_count = row_block * panel_width<Real>;
-  const Index chunk_count = gates == 4 && !layer.gates ? chunk * shape.B * columns.count() : 0;
+  const Index chunk_count = gates == 4 && !layer.gates ? plan.chunk * shape.B * columns.count() : 0;
 
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
+  const std::size_t packed_bytes = bytes(ih_count) + bytes(hh_count);
+  Pack pack({layer.w_ih, layer.w_hh, shape.I, shape.H, gates, Vec<Real>::width, sizeof(Real)},
+            packed_bytes, hash_bytes);
+  const std::size_t own_bytes = pack.memory() ? 0 : packed_bytes;
   Workspace& workspace =
-      Workspace::with_room(bytes(ih_count) + bytes(hh_count) + bytes(columns.count()) +
-                           bytes(chunk_count) + bytes(buffer_count * plan.threads));
-  Real* packed_ih = workspace.take<Real>(ih_count);
-  Real* packed_hh = workspace.take<Real>(hh_count);
+      Workspace::with_room(own_bytes + bytes(columns.count()) + bytes(chunk_count) +
+                           bytes(buffer_count * plan.threads));
+  auto* own = workspace.take<std::byte>(static_cast<Index>(own_bytes));
+  std::byte* packed = pack.memory() ? pack.memory() : own;
+  auto* packed_ih = reinterpret_cast<Real*>(packed);
+  auto* packed_hh = reinterpret_cast<Real*>(packed + bytes(ih_count));
   Real* bias = workspace.take<Real>(columns.count());
   Real* chunk_gates = workspace.take<Real>(chunk_count);
   Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
@@ -235,21 +238,23 @@ void run_forward(const LayerForward<Real>& layer, Index gates, MakeCells&& make_
 
   auto body = [&](Team& team) {
     const auto part = [&](const auto& w_ih, const auto& w_hh) {
-      forward_part(team, plan, layer, make_cells(bias, chunk_gates), w_ih, w_hh, chunk,
+      forward_part(team, plan, layer, make_cells(bias, chunk_gates), w_ih, w_hh,
                    buffers + team.rank * buffer_count);
     };
-    if (!pack) {
+    if (!plan.pack) {
       using Right = UnpackedColumns<Real>;
       return part(Right{columns, shape.I, layer.w_ih}, Right{columns, shape.H, layer.w_hh});
     }
-    const Range panels = team.share(columns.panels());
-    pack_columns(columns, panels, shape.I, layer.w_ih, packed_ih);
-    pack_columns(columns, panels, shape.H, layer.w_hh, packed_hh);
-    team.barrier();
+    pack.refresh(team, [&] {
+      const Range panels = team.share(columns.panels());
+      pack_columns(columns, panels, shape.I, layer.w_ih, packed_ih);
+      pack_columns(columns, panels, shape.H, layer.w_hh, packed_hh);
+    });
     using Right = Packed<Real>;
     part(Right{columns, shape.I, packed_ih}, Right{columns, shape.H, packed_hh});
   };
   run_team(plan.threads, body);
+  pack.settle();
   workspace.release();
 }
 

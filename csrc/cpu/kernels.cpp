@@ -76,7 +76,7 @@ Real sum(Index count, const Real* x) {
 
 template <class Real>
 constexpr KernelsFor<Real> table() {
-  return {layer_forward<Real>, layer_backward<Real>, evaluate<Real>, fma_loop<Real>, sum<Real>};
+  return {layer_forward<Real>, layer_backward<Real>, engine<Real>, evaluate<Real>, fma_loop<Real>, sum<Real>};
 }
 
 }  // namespace
@@ -89,6 +89,7 @@ constexpr KernelsFor<Real> table() {
 
 extern const Kernels RNNFAST_TABLE(RNNFAST_ISA);
 const Kernels RNNFAST_TABLE(RNNFAST_ISA){RNNFAST_NAME(RNNFAST_ISA), RNNFAST_ISA::table<float>(),
-                                         RNNFAST_ISA::table<double>()};
+                                         RNNFAST_ISA::table<double>(),
+                                         RNNFAST_ISA::hash_bytes};
 
 }  // namespace rnnfast::cpu

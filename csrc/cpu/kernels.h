@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "../rnnfast.h"
+#include "packs.h"
+#include "plan.h"
 
 namespace rnnfast::cpu {
 
@@ -14,6 +16,8 @@ template <class Real>
 struct KernelsFor {
   void (*forward)(const LayerForward<Real>& layer);
   void (*backward)(const LayerBackward<Real>& layer);
+  // What forward() and backward() are planned for.
+  Engine (*engine)();
   void (*evaluate)(Function function, Index count, const Real* x, Real* y);
   // Runs independent FMAs in registers; returns how many floating-point operations those were.
   double (*fma_loop)(Index iterations);
@@ -25,6 +29,7 @@ struct Kernels {
   const char* name;
   KernelsFor<float> f32;
   KernelsFor<double> f64;
+  HashBytes hash_bytes;
 
   template <class Real>
   const KernelsFor<Real>& of() const {

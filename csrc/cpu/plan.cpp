@@ -32,9 +32,15 @@ double step_cycles(const Recurrence& work, const Engine& engine, Index rows, Ind
 Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) {
   const Index vectors = ceil_div(work.units, engine.vector_width);
   const double steps = double(work.steps);
-  Plan best{1, Split::rows, steps * step_cycles(work, engine, work.rows, vectors)};
+  Plan best{};
+  best.threads = 1;
+  best.split = Split::rows;
+  best.cycles = steps * step_cycles(work, engine, work.rows, vectors);
   const auto consider = [&](int count, Split split, double cycles) {
-    if (cycles + region_cycles < best.cycles) best = {count, split, cycles + region_cycles};
+    if (cycles + region_cycles >= best.cycles) return;
+    best.threads = count;
+    best.split = split;
+    best.cycles = cycles + region_cycles;
   };
   for (int count = 2; count <= threads; count = count == threads ? count + 1
                                                : std::min(2 * count, threads)) {
@@ -46,7 +52,23 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
                steps * (step_cycles(work, engine, work.rows, ceil_div(vectors, count)) +
                         barrier_cycles));
   }
+  best.pack = work.steps * work.rows >= packing_pays;
+  const Index rows = best.split == Split::rows ? ceil_div(work.rows, best.threads) : work.rows;
+  best.chunk = std::clamp<Index>(engine.row_block / std::max<Index>(rows, 1), 1, std::max<Index>(work.steps, 1));
   return best;
+}
+
+Plan plan_forward(const LayerShape& shape, const Engine& engine) {
+  return plan_recurrence({shape.T, shape.B, shape.H, gate_count(shape.cell), shape.H, shape.I}, engine,
+                         shape.threads);
+}
+
+Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, const Engine& engine) {
+  const Index gates = gate_count(shape.cell);
+  const Index product_terms = gates * ((want_dx ? shape.I : 0) + shape.I + shape.H);
+  const Index windows = ceil_div(shape.T, k1);
+  return plan_recurrence({k2, windows * shape.B, shape.H, 1, gates * shape.H, product_terms}, engine,
+                         shape.threads);
 }
 
 // Only some C libraries tell, and some answer 0: then a common size stands in.
@@ -64,6 +86,14 @@ Index l2_cache_bytes() {
   if (bytes > 0) return bytes;
 #endif
   return 1 << 20;
+}
+
+Index l3_cache_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 16 << 20;
 }
 
 }  // namespace rnnfast::cpu

@@ -1,9 +1,13 @@
-// How a recurrence is shared between threads: a pure function of sizes.
+// How a layer is computed: a pure function of sizes.
 //
 // Rows of the batch are independent, so threads that own rows never wait for each other, but each reads
 // all of W_hh every step. Threads that own hidden units read only their slice, which may then stay in
 // their core's cache, but meet at a barrier every step. Small problems are not worth waking a second
 // thread for. The estimate below is in cycles; it only has to rank the choices.
+//
+// A chunk of steps is projected, then run through: as many steps as make a full block of rows of one thread,
+// so that the projection uses its weights often, and its results are still in cache when the recurrence
+// comes by.
 #pragma once
 
 #include "../rnnfast.h"
@@ -15,6 +19,7 @@ struct Engine {
   Index vector_width;  // lanes of the working type
   Index real_bytes;
   Index tile_rows;
+  Index row_block;  // rows that pass over the weights together
   Index l1_bytes, l2_bytes;  // of one core
 };
 
@@ -25,18 +30,28 @@ struct Recurrence {
   Index steps, rows, units, gates, terms, product_terms;
 };
 
+// Fewer uses of a weight than this do not pay for packing it, which reads and writes it.
+constexpr Index packing_pays = 5;
+
 enum class Split { rows, units };
 
 struct Plan {
   int threads;
   Split split;
+  bool pack;      // the weights; else they are read where they lie
+  Index chunk;    // steps
   double cycles;  // estimated
 };
 
 Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads);
 
-// Cache sizes of this machine, read once.
+// The recurrences of the contract's operations.
+Plan plan_forward(const LayerShape& shape, const Engine& engine);
+Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, const Engine& engine);
+
+// Cache sizes of this machine, read once: a core's own, and the one that all cores share.
 Index l1_cache_bytes();
 Index l2_cache_bytes();
+Index l3_cache_bytes();
 
 }  // namespace rnnfast::cpu

@@ -7,9 +7,6 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// Fewer uses of a weight than this do not pay for packing it, which reads and writes it.
-constexpr Index packing_pays = 5;
-
 // A matrix stored one row per column, as weights are going forward. Vectors run along k, so each column
 // is a sum of its lanes in the end: `width` columns together, by one transposition.
 template <class Real>

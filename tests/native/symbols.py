@@ -16,6 +16,10 @@ import sys
 # nm writes a local symbol's letter in lower case; "u" and "v", "w" are weak or unique all the same.
 LOCAL = set("tdbra")
 
+# No code: where the C++ runtime keeps the address of its unwinder, the same in every object that
+# has a destructor to run.
+HARMLESS = {"DW.ref.__gxx_personality_v0"}
+
 
 def foreign_symbols(nm: str, path: str) -> list[str]:
     """What `path`, an object of one instruction set, defines for others under a shared name."""
@@ -30,7 +34,9 @@ def foreign_symbols(nm: str, path: str) -> list[str]:
     own = f"rnnfast::cpu::{isa[1]}::"
     table = f"rnnfast::cpu::kernels_{isa[1]}"
     return [
-        name for kind, name in symbols if kind not in LOCAL and name != table and own not in name
+        name
+        for kind, name in symbols
+        if kind not in LOCAL and name not in {table, *HARMLESS} and own not in name
     ]
 
 

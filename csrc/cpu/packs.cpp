@@ -1,0 +1,151 @@
+#include "packs.h"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+
+namespace rnnfast::cpu {
+namespace {
+
+constexpr int most_calls_to_rest = 63;
+
+// Weights are hashed by slabs of this size, then the slabs' hashes: threads share the slabs, and however many
+// threads there are, the fingerprint is the same.
+constexpr std::size_t slab_bytes = std::size_t{64} << 10;
+
+Index slab_count(std::size_t bytes) { return static_cast<Index>((bytes + slab_bytes - 1) / slab_bytes); }
+
+struct Pool {
+  std::mutex mutex;
+  std::list<Pack::Kept> packs;  // the most recently used first
+  std::size_t bytes = 0;
+  std::atomic<std::uint64_t> reused{0}, packed{0};
+};
+
+// Never destroyed: threads may still be at work when the process ends.
+Pool& pool() {
+  static Pool& pool = *new Pool;
+  return pool;
+}
+
+// Calls only ever try for the lock: who does not get it packs for itself, or drops its copy. In a forked child it
+// may be held for ever by a thread that is not there.
+using Lock = std::unique_lock<std::mutex>;
+
+std::size_t ih_bytes(const PackKey& key) {
+  return static_cast<std::size_t>(key.gates * key.H * key.I * key.real_bytes);
+}
+std::size_t hh_bytes(const PackKey& key) {
+  return static_cast<std::size_t>(key.gates * key.H * key.H * key.real_bytes);
+}
+
+void trim(Pool& pool) {
+  while (pool.bytes > most_pool_bytes || pool.packs.size() > most_pool_packs) {
+    pool.bytes -= pool.packs.back().bytes;
+    pool.packs.pop_back();
+  }
+}
+
+}  // namespace
+
+bool PackKey::operator==(const PackKey& other) const {
+  return w_ih == other.w_ih && w_hh == other.w_hh && I == other.I && H == other.H &&
+         gates == other.gates && vector_width == other.vector_width && real_bytes == other.real_bytes;
+}
+
+Pack::Pack(const PackKey& key, std::size_t bytes, HashBytes hash) : hash_(hash) {
+  if (bytes == 0) return;
+  Pool& pool = cpu::pool();
+  if (Lock lock(pool.mutex, std::try_to_lock); lock) {
+    const auto found = std::find_if(pool.packs.begin(), pool.packs.end(),
+                                    [&](const Kept& kept) { return kept.key == key; });
+    if (found != pool.packs.end()) {
+      pool.bytes -= found->bytes;
+      kept_.splice(kept_.begin(), pool.packs, found);
+    }
+  }
+  if (kept_.empty()) kept_.push_back({key, nullptr, 0, std::nullopt, 0, 0});
+  Kept& kept = kept_.front();
+  const bool rests = kept.calls_to_rest > 0;
+  if (rests || bytes > most_pool_bytes) {
+    if (rests) --kept.calls_to_rest;
+    pool.packed.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
+  if (!kept.memory) {
+    kept.memory = allocate(bytes);
+    kept.bytes = bytes;
+  }
+  const auto slabs = static_cast<std::size_t>(slab_count(ih_bytes(key)) + slab_count(hh_bytes(key)));
+  before_.resize(slabs);
+  after_.resize(slabs);
+}
+
+Pack::~Pack() {
+  if (kept_.empty()) return;
+  Pool& pool = cpu::pool();
+  const Lock lock(pool.mutex, std::try_to_lock);
+  if (!lock) return;
+  pool.bytes += kept_.front().bytes;
+  pool.packs.splice(pool.packs.begin(), kept_);
+  trim(pool);
+}
+
+void Pack::settle() {
+  if (!memory()) return;
+  Kept& kept = kept_.front();
+  Pool& pool = cpu::pool();
+  if (is_current()) {
+    pool.reused.fetch_add(1, std::memory_order_relaxed);
+    kept.changes = 0;
+    return;
+  }
+  pool.packed.fetch_add(1, std::memory_order_relaxed);
+  const bool changed = kept.fingerprint.has_value();
+  kept.fingerprint.reset();
+  if (before_ == after_) kept.fingerprint = fingerprint_of(before_);
+  if (changed && ++kept.changes > 1) {
+    kept.calls_to_rest = std::min((1 << std::min(kept.changes - 1, 16)) - 1, most_calls_to_rest);
+    kept.fingerprint.reset();
+    kept.memory.reset();
+    kept.bytes = 0;
+  }
+}
+
+std::byte* Pack::memory() const { return kept_.empty() ? nullptr : kept_.front().memory.get(); }
+
+void Pack::hash_share(Team& team, Hashes& slabs) const {
+  const PackKey& key = kept_.front().key;
+  const Index ih_slabs = slab_count(ih_bytes(key));
+  const auto hash_slab = [&](const void* weights, std::size_t bytes, Index slab) {
+    const std::size_t begin = static_cast<std::size_t>(slab) * slab_bytes;
+    return hash_(static_cast<const std::byte*>(weights) + begin, std::min(slab_bytes, bytes - begin));
+  };
+  const Range own = team.share(static_cast<Index>(slabs.size()));
+  for (Index n = own.begin; n < own.end; ++n) {
+    slabs[static_cast<std::size_t>(n)] = n < ih_slabs
+                                             ? hash_slab(key.w_ih, ih_bytes(key), n)
+                                             : hash_slab(key.w_hh, hh_bytes(key), n - ih_slabs);
+  }
+}
+
+Fingerprint Pack::fingerprint_of(const Hashes& slabs) const {
+  return hash_(slabs.data(), slabs.size() * sizeof(Fingerprint));
+}
+
+bool Pack::is_current() const { return kept_.front().fingerprint == fingerprint_of(before_); }
+
+PoolState pool_state() {
+  Pool& pool = cpu::pool();
+  const Lock lock(pool.mutex);
+  return {pool.packs.size(), pool.bytes, pool.reused.load(), pool.packed.load()};
+}
+
+void empty_pool() {
+  Pool& pool = cpu::pool();
+  const Lock lock(pool.mutex);
+  pool.packs.clear();
+  pool.bytes = 0;
+}
+
+}  // namespace rnnfast::cpu

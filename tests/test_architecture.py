@@ -29,6 +29,7 @@ ROOMS = {
     "functional": {"torch"},
     "modules": {"torch"},
     "convert": {"torch"},
+    "explain": {"torch"},
     "rnnfast": set(),  # the public names, __init__.py
     "reference_modules": {"numpy", "torch"},
     "text": {"numpy", "torch", "tokenizers"},

@@ -3,6 +3,7 @@
 from . import bptt, functional
 from ._native import build_info
 from .convert import convert, revert
+from .explain import explain
 from .modules import LSTM, RNN, LSTMCell, RNNCell
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "bptt",
     "build_info",
     "convert",
+    "explain",
     "functional",
     "revert",
 ]

@@ -1,0 +1,227 @@
+"""explain(): what a forward pass will do on this machine, and the least time it can take.
+
+The plan is the native core's own (csrc/cpu/plan.h), asked for with the sizes of the call; ceilings
+are measured once per process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import checks, modules
+from ._native import build_info, core, fma_peak, precision, read_bandwidth
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer in one direction.
+
+    Attributes:
+        name: such as "layer 0" or "layer 1 reverse".
+        cell: "lstm", "tanh" or "relu".
+        T, B, I, H: steps, batch rows, input size, hidden units.
+        dtype: what is computed in.
+        isa: the instruction set.
+        threads: how many work on it; fewer than there are where more would not pay.
+        split: "rows" if threads share the batch, "units" if they share the hidden units.
+        packed: whether weights are packed (and kept); else they are read where they lie.
+        chunk: steps whose inputs are projected together.
+        tile: batch rows and sums that the inner loop keeps in registers.
+        w_hh_bytes: all of W_hh.
+        w_hh_bytes_per_thread: the part of it that each thread reads in every step.
+        level: the memory that part stays in: "L1", "L2", "L3" or "memory".
+        peak: floating-point operations per second that these threads reach, measured.
+        bandwidth: bytes per second that these threads together read from that level, measured.
+    """
+
+    name: str
+    cell: str
+    T: int
+    B: int
+    I: int
+    H: int
+    dtype: torch.dtype
+    isa: str
+    threads: int
+    split: str
+    packed: bool
+    chunk: int
+    tile: tuple[int, int]
+    w_hh_bytes: int
+    w_hh_bytes_per_thread: int
+    level: str
+    peak: float
+    bandwidth: float
+
+    @property
+    def arithmetic_seconds(self) -> float:
+        """Multiplying and adding at the measured peak."""
+        gates = 4 if self.cell == "lstm" else 1
+        return 2 * self.T * self.B * gates * self.H * (self.I + self.H) / self.peak
+
+    @property
+    def reading_seconds(self) -> float:
+        """Reading W_hh in every step at the measured bandwidth."""
+        return self.T * self.threads * self.w_hh_bytes_per_thread / self.bandwidth
+
+    @property
+    def floor_seconds(self) -> float:
+        """The least time that the layer can take under this plan."""
+        return max(self.arithmetic_seconds, self.reading_seconds)
+
+    @property
+    def bound(self) -> str:
+        """What sets that floor: "arithmetic", or "reading" W_hh."""
+        return "arithmetic" if self.arithmetic_seconds >= self.reading_seconds else "reading"
+
+    def __str__(self) -> str:
+        if self.threads == 1:
+            work = "1 thread"
+        else:
+            what = "batch rows" if self.split == "rows" else "hidden units"
+            work = f"{self.threads} threads share the {what}"
+        weights = "packed, and kept for the next call" if self.packed else "read where they lie"
+        part = "all" if self.split == "rows" else _size(self.w_hh_bytes_per_thread)
+        place = "from memory" if self.level == "memory" else f"from the {self.level} cache"
+        rows, sums = self.tile
+        return "\n".join(
+            (
+                f"{self.name}: {self.cell}, T {self.T}, B {self.B}, I {self.I}, H {self.H}, "
+                f"{str(self.dtype).removeprefix('torch.')} on {self.isa}",
+                f"  {work}; weights {weights}; projection of {self.chunk} steps at a time; "
+                f"tiles of {rows} rows x {sums} sums",
+                f"  W_hh {_size(self.w_hh_bytes)}, of which a thread reads {part} a step {place}",
+                f"  floor {_time(self.floor_seconds)}, bound by {self.bound}: "
+                f"arithmetic {_time(self.arithmetic_seconds)} at {self.peak / 1e9:.0f} GFLOP/s, "
+                f"reading {_time(self.reading_seconds)} at {self.bandwidth / 1e9:.0f} GB/s",
+            )
+        )
+
+
+class Explanation(tuple):
+    """The `LayerPlan` of every layer and direction, in the order of the weights; prints as text."""
+
+    __slots__ = ()
+
+    @property
+    def floor_seconds(self) -> float:
+        """The least time for all of them, one after the other."""
+        return sum(plan.floor_seconds for plan in self)
+
+    def __str__(self) -> str:
+        lines = [str(plan) for plan in self]
+        return "\n".join([*lines, f"floor of the forward pass: {_time(self.floor_seconds)}"])
+
+    __repr__ = __str__
+
+
+def explain(module: modules.LSTM | modules.RNN, x: Tensor) -> Explanation:
+    """How a forward pass of `module` on `x` is computed on the CPU, and what bounds its time.
+
+    Args:
+        module: a rnnfast.LSTM or RNN without projection.
+        x: what it would be called with: (T, B, I), (B, T, I) if batch_first, or unbatched (T, I).
+            Only its shape and dtype count; nothing is computed.
+
+    Returns:
+        A tuple of `LayerPlan`, one per layer and direction, to print or to read: threads and how
+        they share the work, packing, chunk, tile, bytes of W_hh and the cache they fit, and the
+        floor in seconds: the larger of flops over the measured FMA peak, and bytes of W_hh per step
+        over the measured bandwidth of that cache.
+
+    The first call measures for about a second; later ones only where another number of threads or
+    another cache comes up. float16 and bfloat16 are planned as float32, in which they are computed.
+    Raises TypeError for other modules, PackedSequence and other arguments, NotImplementedError for
+    projections and for devices but the CPU, RuntimeError or ValueError as the call would for x.
+    """
+    if not isinstance(module, (modules.LSTM, modules.RNN)):
+        raise TypeError(f"module is {type(module).__name__}, but should be rnnfast.LSTM or RNN")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {type(x).__name__}, but should be a Tensor")
+    if module.proj_size:
+        raise NotImplementedError(
+            f"module has proj_size={module.proj_size}, but only layers without it are explained"
+        )
+    weight = module.weights()[0]
+    x = checks.check_input(type(module).__name__, x, weight, (2, 3))
+    if x.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"x is on {x.device}, but only the CPU's plan is explained")
+    dtype = torch.float32 if x.dtype in checks.HALF_DTYPES else x.dtype
+    T, B = (*x.shape[:-1], 1)[:2]
+    if module.batch_first and x.dim() == 3:
+        T, B = B, T
+    if T == 0:
+        raise RuntimeError("x has 0 time steps, but should have at least 1")
+    directions = 2 if module.bidirectional else 1
+    cell = "lstm" if isinstance(module, modules.LSTM) else module.nonlinearity
+    plans = []
+    for layer in range(module.num_layers):
+        I = module.hidden_size * directions if layer else module.input_size
+        for direction in range(directions):
+            name = f"layer {layer}{' reverse' if direction else ''}"
+            plans.append(_plan(name, cell, T, B, I, module.hidden_size, dtype))
+    return Explanation(plans)
+
+
+def _plan(name: str, cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype) -> LayerPlan:
+    gates = 4 if cell == "lstm" else 1
+    plan = getattr(core, f"plan_forward_{precision(dtype)}")(
+        gates, T, B, I, H, torch.get_num_threads()
+    )
+    threads, split = plan["threads"], plan["split"]
+    w_hh = gates * H * H * dtype.itemsize
+    part = -(-w_hh // threads) if split == "units" else w_hh
+    level = _level(part, w_hh)
+    isa = build_info()["isa"]
+    return LayerPlan(
+        *(name, cell, T, B, I, H, dtype, isa, threads, split, plan["pack"], plan["chunk"]),
+        tile=(plan["tile_rows"], 4 * plan["vector_width"]),
+        w_hh_bytes=w_hh,
+        w_hh_bytes_per_thread=part,
+        level=level,
+        peak=_peak(dtype, threads, isa),
+        bandwidth=_bandwidth(level, threads),
+    )
+
+
+def _level(of_each: int, of_all: int) -> str:
+    """Where weights stay from step to step: caches of a core hold its part, the L3 cache all."""
+    l1, l2, l3 = core.cache_bytes()
+    if of_each <= l1:
+        return "L1"
+    if of_each <= l2:
+        return "L2"
+    return "L3" if of_all <= l3 else "memory"
+
+
+@cache
+def _peak(dtype: torch.dtype, threads: int, isa: str) -> float:
+    return fma_peak(threads, dtype)
+
+
+@cache
+def _bandwidth(level: str, threads: int) -> float:
+    """Read by each thread from an array of its own that certainly lies in that level."""
+    l1, l2, l3 = core.cache_bytes()
+    sizes = {
+        "L1": l1 // 2,
+        "L2": l2 // 2,
+        "L3": max(l3 // 2 // threads, 2 * l2),
+        "memory": 4 * l3 // threads,
+    }
+    return read_bandwidth(sizes[level], threads)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"

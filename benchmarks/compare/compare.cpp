@@ -15,7 +15,10 @@
 #include "cpu/kernels.h"
 
 namespace rnnfast::cpu {
-extern const Kernels kernels_before, kernels_after;
+extern const Kernels kernels_after;
+}
+namespace rnnfast_before::cpu {
+extern const rnnfast::cpu::Kernels kernels_before;  // forward and backward stand first in every version's
 }
 
 using namespace rnnfast;
@@ -81,7 +84,7 @@ int main(int argc, char** argv) {
   backward.dh0 = dh0.data(), backward.dc0 = of_lstm(dc0.data());
 
   const auto run = [&](bool after) {
-    const auto& kernels = (after ? cpu::kernels_after : cpu::kernels_before).f32;
+    const auto& kernels = (after ? cpu::kernels_after : rnnfast_before::cpu::kernels_before).f32;
     if (mode != "backward") kernels.forward(forward);
     if (keeps) kernels.backward(backward);
   };

@@ -5,10 +5,13 @@ No test here measures how fast anything is.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,27 +294,15 @@ def test_language_model_steps_stay_together(cell):
 @pytest.mark.parametrize("name", peers.NAMES)
 @pytest.mark.parametrize("cell", ["LSTM", "RNN"])
 def test_peers_compute_the_same_layer(cell, name):
+    """In a process of its own: with the peers loaded, this one crashed in unrelated tests."""
     for module in (name, "onnx"):
-        pytest.importorskip(module)
-    problem = LayerProblem(Shape(cell, 7, 3, 5, 9), torch.float32, other_peers=[name])
-    problem.check("forward")
-    assert list(problem.calls("forward")) == ["torch", "rnnfast", name]
-    assert list(problem.calls("training")) == ["torch", "rnnfast"]
-    # Gates in torch's order are a wrong layer. An RNN has one; there the bias is lost.
-    problem.peers[name] = peers.open_peer(name, wrong_layer(problem), problem.x, threads=1)
-    with pytest.raises(DisagreementError, match=f"of {name} is off by"):
-        problem.check("forward")
-
-
-def wrong_layer(problem):
-    layer = copy.deepcopy(problem.layers["torch"])
-    with torch.no_grad():
-        if isinstance(layer, torch.nn.LSTM):
-            rows = torch.cat([layer.weight_hh_l0[27:], layer.weight_hh_l0[:27]])
-            layer.weight_hh_l0.copy_(rows)
-        else:
-            layer.bias_hh_l0.zero_()
-    return layer
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    command = [sys.executable, "-m", "tests.peer_layer", cell, name]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("as torch.nn\n")
 
 
 def test_peers_that_are_missing_are_named(capsys, monkeypatch):

@@ -45,33 +45,36 @@ Cell cell_named(std::string_view name) {
 }
 
 // Plain numbers, not an object that holds them: making one costs as much as the whole call of a small layer.
-template <class Real>
+template <class Storage>
 void layer_forward(std::string_view cell, Index T, Index B, Index I, Index H, bool reverse, int threads,
                    Address x, Address w_ih, Address w_hh, Address b_ih, Address b_hh, Address h0,
                    Address c0, Address y, Address h_n, Address c_n, Address c, Address gates) {
-  const LayerForward<Real> layer{
+  using Real = RealOf<Storage>;
+  const LayerForward<Storage> layer{
       {cell_named(cell), T, B, I, H, reverse, threads},
-      at<Real>(x),  at<Real>(w_ih), at<Real>(w_hh), at<Real>(b_ih), at<Real>(b_hh), at<Real>(h0),
-      at<Real>(c0), at<Real>(y),    at<Real>(h_n),  at<Real>(c_n),  at<Real>(c),    at<Real>(gates)};
+      at<Storage>(x),  at<Storage>(w_ih), at<Storage>(w_hh), at<Storage>(b_ih), at<Storage>(b_hh), at<Storage>(h0),
+      at<Real>(c0), at<Storage>(y),    at<Storage>(h_n),  at<Real>(c_n),  at<Real>(c),    at<Real>(gates)};
   require(check(layer));
-  cpu::kernels().of<Real>().forward(layer);
+  cpu::kernels().of<Storage>().forward(layer);
 }
 
-template <class Real>
+template <class Storage>
 void layer_backward(std::string_view cell, Index T, Index B, Index I, Index H, bool reverse, int threads,
                     Index k1, Index k2, Address dy, Address dh_n, Address dc_n, Address dc, Address x,
                     Address w_ih, Address w_hh, Address h0, Address c0, Address y, Address c,
                     Address gates, Address dx, Address dw_ih, Address dw_hh, Address db, Address dh0,
-                    Address dc0, Address da, Address da_windows) {
-  const LayerBackward<Real> layer{
+                    Address dc0, Address da, Address da_windows,
+                    Address da_sums) {
+  using Real = RealOf<Storage>;
+  const LayerBackward<Storage> layer{
       {cell_named(cell), T, B, I, H, reverse, threads},
-      k1,              k2,              at<Real>(dy),    at<Real>(dh_n),  at<Real>(dc_n),
-      at<Real>(dc),    at<Real>(x),     at<Real>(w_ih),  at<Real>(w_hh),  at<Real>(h0),
-      at<Real>(c0),    at<Real>(y),     at<Real>(c),     at<Real>(gates), at<Real>(dx),
-      at<Real>(dw_ih), at<Real>(dw_hh), at<Real>(db),    at<Real>(dh0),   at<Real>(dc0),
-      at<Real>(da),    at<Real>(da_windows)};
+      k1,              k2,              at<Storage>(dy),    at<Storage>(dh_n),  at<Real>(dc_n),
+      at<Real>(dc),    at<Storage>(x),     at<Storage>(w_ih),  at<Storage>(w_hh),  at<Storage>(h0),
+      at<Real>(c0),    at<Storage>(y),     at<Real>(c),     at<Real>(gates), at<Storage>(dx),
+      at<Storage>(dw_ih), at<Storage>(dw_hh), at<Storage>(db),    at<Storage>(dh0),   at<Real>(dc0),
+      at<Storage>(da),    at<Storage>(da_windows), at<Real>(da_sums)};
   require(check(layer));
-  cpu::kernels().of<Real>().backward(layer);
+  cpu::kernels().of<Storage>().backward(layer);
 }
 
 template <class Real>
@@ -138,22 +141,24 @@ py::dict pool_state() {
                   "most_bytes"_a = cpu::most_pool_bytes);
 }
 
-template <class Real>
-void bind_precision(py::module_& module, const std::string& suffix) {
+template <class Storage>
+void bind_layers(py::module_& module, const std::string& suffix) {
   const auto released = py::call_guard<py::gil_scoped_release>();
-  module.def(("layer_forward_" + suffix).c_str(), &layer_forward<Real>, released);
-  module.def(("layer_backward_" + suffix).c_str(), &layer_backward<Real>, released);
-  module.def(("plan_forward_" + suffix).c_str(), &plan_forward<Real>);
-  module.def(("evaluate_" + suffix).c_str(), &evaluate<Real>, released);
-  module.def(("fma_peak_" + suffix).c_str(), &cpu::fma_peak<Real>, released);
+  module.def(("layer_forward_" + suffix).c_str(), &layer_forward<Storage>, released);
+  module.def(("layer_backward_" + suffix).c_str(), &layer_backward<Storage>, released);
+  module.def(("plan_forward_" + suffix).c_str(), &plan_forward<Storage>);
+  module.def(("fma_peak_" + suffix).c_str(), &cpu::fma_peak<Storage>, released);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The native core of rnnfast; use rnnfast's Python modules instead.";
-  bind_precision<float>(module, "float32");
-  bind_precision<double>(module, "float64");
+  bind_layers<float>(module, "float32");
+  bind_layers<double>(module, "float64");
+  bind_layers<BFloat16>(module, "bfloat16");
+  module.def("evaluate_float32", &evaluate<float>, py::call_guard<py::gil_scoped_release>());
+  module.def("evaluate_float64", &evaluate<double>, py::call_guard<py::gil_scoped_release>());
   module.def("read_bandwidth", &cpu::read_bandwidth, py::call_guard<py::gil_scoped_release>());
   module.def("plan_recurrence", &plan_recurrence);
   module.def("cache_bytes", &cache_bytes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "rnnfast.h"
 
@@ -33,8 +34,8 @@ inline Status check(const LayerShape& shape) {
   return countable(shape) ? Status::ok : Status::bad_size;
 }
 
-template <class Real>
-Status check(const LayerForward<Real>& layer) {
+template <class Storage>
+Status check(const LayerForward<Storage>& layer) {
   const LayerShape& shape = layer.shape;
   if (const Status status = check(shape); status != Status::ok) return status;
   const bool lstm = shape.cell == Cell::lstm, empty = shape.T == 0 || shape.B == 0;
@@ -46,8 +47,8 @@ Status check(const LayerForward<Real>& layer) {
   return Status::ok;
 }
 
-template <class Real>
-Status check(const LayerBackward<Real>& layer) {
+template <class Storage>
+Status check(const LayerBackward<Storage>& layer) {
   const LayerShape& shape = layer.shape;
   if (const Status status = check(shape); status != Status::ok) return status;
   if (layer.k1 < 1 || layer.k1 > shape.T) return Status::bad_truncation;
@@ -61,7 +62,10 @@ Status check(const LayerBackward<Real>& layer) {
     return Status::missing_argument;
   if (lstm && (!layer.c0 || !layer.c || !layer.gates)) return Status::missing_argument;
   if (layer.k1 < shape.T && !layer.da) return Status::missing_argument;
-  if (layer.k2 > layer.k1 && !layer.da_windows) return Status::missing_argument;
+  if (layer.k2 > layer.k1) {
+    constexpr bool rounds = !std::is_same_v<Storage, RealOf<Storage>>;
+    if (!layer.da_windows || (rounds && !layer.da_sums)) return Status::missing_argument;
+  }
   return Status::ok;
 }
 

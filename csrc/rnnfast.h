@@ -19,6 +19,23 @@ using Index = std::int64_t;
 
 enum class Cell { lstm, rnn_tanh, rnn_relu };
 
+// A number of the bfloat16 format, the upper half of a float: for storage; arithmetic is done in float.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+// What kernels add up in, and keep cell states in, where arrays hold `Storage`: float for bfloat16.
+template <class Storage>
+struct Accumulator {
+  using Type = Storage;
+};
+template <>
+struct Accumulator<BFloat16> {
+  using Type = float;
+};
+template <class Storage>
+using RealOf = typename Accumulator<Storage>::Type;
+
 constexpr Index gate_count(Cell cell) { return cell == Cell::lstm ? 4 : 1; }
 
 struct LayerShape {
@@ -29,23 +46,24 @@ struct LayerShape {
 };
 
 // One layer, one direction, forward.
-template <class Real>
+template <class Storage>
 struct LayerForward {
+  using Real = RealOf<Storage>;
   LayerShape shape;
 
-  const Real* x;     // input   (T, B, I)
-  const Real* w_ih;  // input   (G*H, I)
-  const Real* w_hh;  // input   (G*H, H)
-  const Real* b_ih;  // input   (G*H)      may be null: zero
-  const Real* b_hh;  // input   (G*H)      may be null: zero
-  const Real* h0;    // input   (B, H)
-  const Real* c0;    // input   (B, H)     LSTM only, else null
+  const Storage* x;     // input   (T, B, I)
+  const Storage* w_ih;  // input   (G*H, I)
+  const Storage* w_hh;  // input   (G*H, H)
+  const Storage* b_ih;  // input   (G*H)      may be null: zero
+  const Storage* b_hh;  // input   (G*H)      may be null: zero
+  const Storage* h0;    // input   (B, H)
+  const Real* c0;       // input   (B, H)     LSTM only, else null
 
-  Real* y;      // output  (T, B, H)       hidden state of every step; an RNN's saved tensor too
-  Real* h_n;    // output  (B, H)          hidden state after the last step
-  Real* c_n;    // output  (B, H)          LSTM only, else null
-  Real* c;      // saved   (T, B, H)       LSTM: cell state of every step; null: not kept
-  Real* gates;  // saved   (T, B, 4, H)    LSTM: i, f, g, o after their nonlinearities; null: not kept
+  Storage* y;    // output  (T, B, H)       hidden state of every step; an RNN's saved tensor too
+  Storage* h_n;  // output  (B, H)          hidden state after the last step
+  Real* c_n;     // output  (B, H)          LSTM only, else null
+  Real* c;       // saved   (T, B, H)       LSTM: cell state of every step; null: not kept
+  Real* gates;   // saved   (T, B, 4, H)    LSTM: i, f, g, o after their nonlinearities; null: not kept
 };
 
 // One layer, one direction, backward, truncated or not.
@@ -55,35 +73,38 @@ struct LayerForward {
 // k2-k1 steps that precede it in processing order, and no further. A window that reaches p = 0 also
 // passes gradient on to h0 and c0. Gradients of the final states belong to the last block in processing
 // order. k1 = k2 = T is plain BPTT.
-template <class Real>
+template <class Storage>
 struct LayerBackward {
+  using Real = RealOf<Storage>;
   LayerShape shape;
   Index k1, k2;  // 1 <= k1 <= T and k1 <= k2 <= N*k1, where N = ceil(T / k1) is the number of blocks
 
-  const Real* dy;    // input   (T, B, H)   may be null: zero
-  const Real* dh_n;  // input   (B, H)      may be null: zero
-  const Real* dc_n;  // input   (B, H)      LSTM; may be null: zero
-  const Real* dc;    // input   (T, B, H)   LSTM: gradient of every step's cell state; may be null: zero
+  const Storage* dy;    // input   (T, B, H)   may be null: zero
+  const Storage* dh_n;  // input   (B, H)      may be null: zero
+  const Real* dc_n;     // input   (B, H)      LSTM; may be null: zero
+  const Real* dc;       // input   (T, B, H)   LSTM: gradient of every step's cell state; may be null: zero
 
-  const Real* x;      // input  (T, B, I)
-  const Real* w_ih;   // input  (G*H, I)
-  const Real* w_hh;   // input  (G*H, H)
-  const Real* h0;     // input  (B, H)
-  const Real* c0;     // input  (B, H)       LSTM only, else null
-  const Real* y;      // saved  (T, B, H)    as the forward pass left it
-  const Real* c;      // saved  (T, B, H)    LSTM only, else null
-  const Real* gates;  // saved  (T, B, 4, H) LSTM only, else null
+  const Storage* x;     // input  (T, B, I)
+  const Storage* w_ih;  // input  (G*H, I)
+  const Storage* w_hh;  // input  (G*H, H)
+  const Storage* h0;    // input  (B, H)
+  const Real* c0;       // input  (B, H)       LSTM only, else null
+  const Storage* y;     // saved  (T, B, H)    as the forward pass left it
+  const Real* c;        // saved  (T, B, H)    LSTM only, else null
+  const Real* gates;    // saved  (T, B, 4, H) LSTM only, else null
 
-  Real* dx;     // output  (T, B, I)     may be null: not wanted
-  Real* dw_ih;  // output  (G*H, I)      may be null: not wanted
-  Real* dw_hh;  // output  (G*H, H)      may be null: not wanted
-  Real* db;     // output  (G*H)         gradient of b_ih, and of b_hh; may be null: not wanted;
-                //                        needs dw_hh to be wanted too
-  Real* dh0;    // output  (B, H)        may be null: not wanted
-  Real* dc0;    // output  (B, H)        LSTM; may be null: not wanted
+  Storage* dx;     // output  (T, B, I)     may be null: not wanted
+  Storage* dw_ih;  // output  (G*H, I)      may be null: not wanted
+  Storage* dw_hh;  // output  (G*H, H)      may be null: not wanted
+  Storage* db;     // output  (G*H)         gradient of b_ih, and of b_hh; may be null: not wanted;
+                   //                        needs dw_hh to be wanted too
+  Storage* dh0;    // output  (B, H)        may be null: not wanted
+  Real* dc0;       // output  (B, H)        LSTM; may be null: not wanted
 
-  Real* da;          // scratch (T, B, G*H)     gradient of the pre-activations; only when k1 < T, else null
-  Real* da_windows;  // scratch (2, N*B, G*H)   the same, of each window; only when k2 > k1, else null
+  Storage* da;          // scratch (T, B, G*H)     gradient of the pre-activations; only when k1 < T, else null
+  Storage* da_windows;  // scratch (2, N*B, G*H)   the same, of each window; only when k2 > k1, else null
+  Real* da_sums;        // scratch (T, B, G*H)     the same, added up over windows; only when k2 > k1 and
+                        //                         Storage is not Real, else null
 };
 
 // The recurrence alone, for a backend that leaves the products over all steps to somebody else's GEMM.

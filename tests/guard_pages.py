@@ -57,7 +57,7 @@ class Guarded(Case):
 def new_empty(self, *shape, **options):
     """In the place of Tensor.new_empty, with which the operators allocate."""
     shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
-    return guarded(shape, self.dtype, Guarded.at_end)
+    return guarded(shape, options.get("dtype", self.dtype), Guarded.at_end)
 
 
 SIZES = [(1, 1, 1, 1), (3, 7, 5, 3), (5, 3, 17, 16), (3, 2, 65, 33), (2, 130, 3, 5)]
@@ -67,7 +67,7 @@ def main() -> None:
     torch.Tensor.new_empty = new_empty
     for Guarded.at_end in (True, False):
         for isa in _native.build_info()["isas_available"]:
-            for dtype in (torch.float32, torch.float64):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
                 for cell in ("lstm", "tanh"):
                     for sizes in SIZES:
                         for reverse, truncate in ((False, None), (True, (1, 1)), (False, (2, 3))):

@@ -321,15 +321,20 @@ def test_cells_of_every_step(bidirectional, proj_size):
 # dtypes
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cls", [RNN, LSTM, RNNCell, LSTMCell])
-def test_half_is_computed_in_float32_and_rounded_once(cls, dtype):
-    module = cls(3, 4).to(dtype)
-    exact = cls(3, 4)
+@pytest.mark.parametrize(
+    ("cls", "dtype", "options"),
+    [(cls, torch.float16, {}) for cls in (RNN, LSTM, RNNCell, LSTMCell)]
+    + [(LSTM, dtype, {"proj_size": 4}) for dtype in (torch.float16, torch.bfloat16)],
+)
+def test_half_is_computed_in_float32_and_rounded_once(cls, dtype, options):
+    hidden = 6 if options else 4
+    module = cls(3, hidden, **options).to(dtype)
+    exact = cls(3, hidden, **options)
     exact.load_state_dict(module.state_dict())
     x = torch.randn(2, 3).to(dtype)
     states = 1 if "RNN" in cls.__name__ else 2
-    hx = [torch.randn((1, 4) if "Cell" not in cls.__name__ else (2, 4)).to(dtype)] * states
+    rows = 1 if "Cell" not in cls.__name__ else 2
+    hx = [torch.randn(rows, size).to(dtype) for size in (4, hidden)[:states]]
     x, hx = leaves((x, hx))
     args = [x, hx[0] if states == 1 else hx]
     got = tensors(module(*args))

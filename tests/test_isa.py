@@ -93,7 +93,7 @@ def test_an_unknown_isa_changes_nothing():
     assert _native.build_info() == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "tanh", "relu"])
 @pytest.mark.parametrize("truncate", [None, (4, 6)])
 def test_all_give_the_same_but_for_rounding(truncate, cell, dtype):
@@ -103,4 +103,8 @@ def test_all_give_the_same_but_for_rounding(truncate, cell, dtype):
         with _native.using_isa(name):
             results[name] = by_operator(case, dtype)
     for got in results.values():
+        if dtype == torch.bfloat16 and cell == "relu":  # whose derivative jumps: see test_bfloat16
+            got, results["baseline"] = (
+                {k: r[k] for k in ("y", "h_n")} for r in (got, results["baseline"])
+            )
         assert_results(case, got, results["baseline"])

@@ -20,28 +20,29 @@
 namespace rnnfast::cpu::RNNFAST_ISA {
 
 // A row of a window at one kernel step: where its operands of hidden unit 0 stand. Null gradients are zero.
-template <class Real>
+template <class Storage>
 struct WindowRow {
+  using Real = RealOf<Storage>;
   enum Place { outside, inside, before_start };
   Place place;
   bool arrives;           // something comes from the step after
-  const Real *dy, *dh_n;  // the losses' part, where they count for this window
+  const Storage *dy, *dh_n;  // the losses' part, where they count for this window
   const Real *dc, *dc_n;
   const Real *gates, *c, *c_prev;  // saved by an LSTM
-  const Real* h;                   // saved by an RNN
-  Real* da;
+  const Storage* h;                // saved by an RNN
+  Storage* da;
   Real* da_sum;  // where windows overlap: the sum over windows
   Real* dc_carry;  // dc on its way to the step before
 };
 
-template <class Real>
-RNNFAST_INLINE void add_if(Vec<Real>& sum, const Real* from, Index unit, Index lanes) {
-  if (from) sum = sum + Vec<Real>::load(from + unit, lanes);
+template <class Storage>
+RNNFAST_INLINE void add_if(Vec<RealOf<Storage>>& sum, const Storage* from, Index unit, Index lanes) {
+  if (from) sum = sum + load(from + unit, lanes);
 }
 
 // dh of one vector of units: what arrives from the step after, from y, and from h_n.
-template <class Real>
-RNNFAST_INLINE Vec<Real> arriving_dh(const WindowRow<Real>& row, Index unit, Index lanes,
+template <class Storage, class Real = RealOf<Storage>>
+RNNFAST_INLINE Vec<Real> arriving_dh(const WindowRow<Storage>& row, Index unit, Index lanes,
                                      const Real* sums) {
   Vec<Real> dh = row.arrives ? Vec<Real>::load(sums) : Vec<Real>(Real(0));
   add_if(dh, row.dy, unit, lanes);
@@ -50,19 +51,20 @@ RNNFAST_INLINE Vec<Real> arriving_dh(const WindowRow<Real>& row, Index unit, Ind
 }
 
 // Stores da of one gate, and adds it to the sum over windows.
-template <class Real>
-RNNFAST_INLINE void put_da(const WindowRow<Real>& row, Index column, Index lanes, Vec<Real> da) {
-  da.store(row.da + column, lanes);
+template <class Storage, class Real = RealOf<Storage>>
+RNNFAST_INLINE void put_da(const WindowRow<Storage>& row, Index column, Index lanes, Vec<Real> da) {
+  store(da, row.da + column, lanes);
   if (row.da_sum) (Vec<Real>::load(row.da_sum + column, lanes) + da).store(row.da_sum + column, lanes);
 }
 
-template <class Real>
+template <class Storage>
 struct LstmBackward {
+  using Real = RealOf<Storage>;
   static constexpr Index gates = 4;
-  const LayerBackward<Real>& layer;
+  const LayerBackward<Storage>& layer;
   Real* dc_carry;  // (window rows, H)
 
-  void find_saved(WindowRow<Real>& row, Index p, Index t, Index b) const {
+  void find_saved(WindowRow<Storage>& row, Index p, Index t, Index b) const {
     const Index B = layer.shape.B, H = layer.shape.H;
     const Index t_prev = layer.shape.reverse ? t + 1 : t - 1;
     row.gates = layer.gates + (t * B + b) * 4 * H;
@@ -70,7 +72,7 @@ struct LstmBackward {
     row.c_prev = p == 0 ? layer.c0 + b * H : layer.c + (t_prev * B + b) * H;
   }
 
-  RNNFAST_INLINE void prefetch(const WindowRow<Real>& row, Index unit) const {
+  RNNFAST_INLINE void prefetch(const WindowRow<Storage>& row, Index unit) const {
     const Index H = layer.shape.H;
     for (Index gate = 0; gate < 4; ++gate) {
       prefetch_vector(row.gates + gate * H + unit);
@@ -81,7 +83,7 @@ struct LstmBackward {
     if (row.dy) prefetch_vector(row.dy + unit);
   }
 
-  RNNFAST_INLINE void operator()(const WindowRow<Real>& row, Index unit, Index lanes,
+  RNNFAST_INLINE void operator()(const WindowRow<Storage>& row, Index unit, Index lanes,
                                  const Real* sums) const {
     using V = Vec<Real>;
     const Index H = layer.shape.H;
@@ -102,59 +104,65 @@ struct LstmBackward {
   }
 };
 
-template <class Real, class Nonlinearity>
+template <class Storage, class Nonlinearity>
 struct RnnBackward {
+  using Real = RealOf<Storage>;
   static constexpr Index gates = 1;
-  const LayerBackward<Real>& layer;
-  static constexpr Real* dc_carry = nullptr;
+  const LayerBackward<Storage>& layer;
+  Real* dc_carry;  // none: null
 
-  void find_saved(WindowRow<Real>& row, Index, Index t, Index b) const {
+  void find_saved(WindowRow<Storage>& row, Index, Index t, Index b) const {
     row.h = layer.y + (t * layer.shape.B + b) * layer.shape.H;
   }
 
-  RNNFAST_INLINE void prefetch(const WindowRow<Real>& row, Index unit) const {
+  RNNFAST_INLINE void prefetch(const WindowRow<Storage>& row, Index unit) const {
     prefetch_vector(row.h + unit);
     prefetch_vector(row.da + unit);
     if (row.dy) prefetch_vector(row.dy + unit);
   }
 
-  RNNFAST_INLINE void operator()(const WindowRow<Real>& row, Index unit, Index lanes,
+  RNNFAST_INLINE void operator()(const WindowRow<Storage>& row, Index unit, Index lanes,
                                  const Real* sums) const {
     using V = Vec<Real>;
     const V dh = arriving_dh(row, unit, lanes, sums);
-    put_da(row, unit, lanes, Nonlinearity::backward(V::load(row.h + unit, lanes), dh));
+    put_da(row, unit, lanes, Nonlinearity::backward(load(row.h + unit, lanes), dh));
   }
 };
 
 // da of some steps: of all, or of the chunk in work and the one before it.
-template <class Real>
+template <class Storage>
 struct StepRing {
-  Real* rows;
+  Storage* rows;
   Index steps, step_size;
 
-  Real* at(Index p) const { return rows + p % steps * step_size; }
+  Storage* at(Index p) const { return rows + p % steps * step_size; }
 };
 
 // Memory of one backward call, shared by the team.
-template <class Real>
+template <class Storage>
 struct BackwardScratch {
-  StepRing<Real> da;  // (steps, B, G*H)
-  Real* zeros;      // (G*H): the da of a step outside of its window
-  Real* dh_start;   // (windows that reach the start, B, H): their gradient of h0
-  Real* dc_start;   // likewise of c0
+  using Real = RealOf<Storage>;
+  StepRing<Storage> da;  // (steps, B, G*H)
+  StepRing<Real> sums;   // of da over windows that overlap: da itself, or where it is added up before rounding
+  Storage* zeros;        // (G*H): the da of a step outside of its window
+  Real* dh_start;        // (windows that reach the start, B, H): their gradient of h0
+  Real* dc_start;        // likewise of c0
+  Real *dw_ih, *dw_hh, *db;  // weight gradients until all steps are added up
 };
 
 // The recurrence of one thread's part, over kernel steps [steps.begin, steps.end), the last one first.
-template <class Real, class CellLayer, class Right>
-void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
+template <class Storage, class CellLayer, class Right>
+void recur_back(Team& team, const Plan& plan, const LayerBackward<Storage>& layer,
                 const Truncation& truncation, const CellLayer& cells, const Right& w_hh, Range steps,
-                const BackwardScratch<Real>& scratch, Real* buffer) {
-  using Row = WindowRow<Real>;
+                const BackwardScratch<Storage>& scratch, RealOf<Storage>* buffer) {
+  using Element = ElementOf<Storage>;
+  using Real = RealOf<Storage>;
+  using Row = WindowRow<Storage>;
   constexpr Index width = Vec<Real>::width;
   const Index B = layer.shape.B, H = layer.shape.H, GH = CellLayer::gates * H;
   const Index window_rows = truncation.blocks() * B;
   const bool overlapping = layer.k2 > layer.k1;
-  const Columns<Real>& columns = w_hh.columns;
+  const Columns<Element>& columns = w_hh.columns;
   const Part part = part_of(team, plan, window_rows, columns.unit_vectors());
   const bool meets = plan.split == Split::units || overlapping;
 
@@ -166,7 +174,7 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
     return overlapping ? layer.da_windows + (s % 2 * window_rows + row) * GH : da_of_step(p, b);
   };
   // Row (j, b) at kernel step s, and da of the step after it.
-  const auto find_row = [&](Index s, Index row, Row& at) -> const Real* {
+  const auto find_row = [&](Index s, Index row, Row& at) -> const Storage* {
     const Index j = row / B, b = row % B, p = truncation.window_begin(j) + s;
     at = {};
     at.arrives = is_inside(s + 1, j, p + 1);
@@ -180,7 +188,7 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
       at.dh_n = final && layer.dh_n ? layer.dh_n + b * H : nullptr;
       at.dc_n = final && layer.dc_n ? layer.dc_n + b * H : nullptr;
       at.da = da_row(s, row, p, b);
-      at.da_sum = overlapping ? da_of_step(p, b) : nullptr;
+      at.da_sum = overlapping ? scratch.sums.at(p) + b * GH : nullptr;
       cells.find_saved(at, p, t, b);
     } else if (p == -1) {
       at.place = Row::before_start;
@@ -190,7 +198,7 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
 
   if (overlapping) {
     const Range all = team.share(layer.shape.T * B * GH);
-    std::fill(scratch.da.rows + all.begin, scratch.da.rows + all.end, Real(0));
+    std::fill(scratch.sums.rows + all.begin, scratch.sums.rows + all.end, Real(0));
     team.barrier();
   }
 
@@ -200,11 +208,11 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
       const Range rows = share(part.rows.size(), block, blocks);
       const Index first = part.rows.begin + rows.begin;
       Row at[row_block];
-      const Real* a[row_block];
+      const Element* a[row_block];
       Real* sums[row_block];
       for (Index r = 0; r < rows.size(); ++r) {
-        a[r] = find_row(s, first + r, at[r]);
-        sums[r] = buffer + r * panel_width<Real>;
+        a[r] = as_elements(find_row(s, first + r, at[r]));
+        sums[r] = buffer + r * panel_width<Element>;
       }
       for_each_piece(columns, part.unit_vectors, s % 2 == 1, [&](Piece piece) {
         const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
@@ -236,107 +244,146 @@ void recur_back(Team& team, const Plan& plan, const LayerBackward<Real>& layer,
 }
 
 // Adds up the gradients of the initial state, window after window.
-template <class Real>
-void add_starts(Team& team, Index windows, Index count, const Real* starts, Real* out) {
+template <class Real, class Storage>
+void add_starts(Team& team, Index windows, Index count, const Real* starts, Storage* out) {
   const Range part = team.share(count);
   for (Index n = part.begin; n < part.end; ++n) {
     Real sum(0);
     for (Index j = 0; j < windows; ++j) sum += starts[j * count + n];
-    out[n] = sum;
+    store(sum, out + n);
+  }
+}
+
+// Rounds this thread's share of sums to where they are kept, if that is elsewhere. Not wanted: null.
+template <class Real, class Storage>
+void round_share(Team& team, Index count, const Real* sums, Storage* to) {
+  if constexpr (!std::is_same_v<Real, Storage>) {
+    if (!to) return;
+    const Range part = team.share(count);
+    for (Index n = part.begin; n < part.end; n += Vec<Real>::width)
+      store(Vec<Real>::load(sums + n, part.end - n), to + n, part.end - n);
   }
 }
 
 // This thread's part of dx of the steps p in `steps`, and of what they add to dw_ih, dw_hh and db.
-template <class Real, class Right>
-void products(Team& team, const LayerBackward<Real>& layer, const Truncation& truncation, Range steps,
-              const StepRing<Real>& da, const Right& w_ih, Real* blocks) {
+template <class Storage, class Right>
+void products(Team& team, const LayerBackward<Storage>& layer, const Truncation& truncation, Range steps,
+              const BackwardScratch<Storage>& scratch, const Right& w_ih, ElementOf<Storage>* blocks) {
+  using Element = ElementOf<Storage>;
+  const StepRing<Storage>& da = scratch.da;
   const Index B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
   const Index GH = gate_count(layer.shape.cell) * H, rows = steps.size() * B;
   // Row k is batch row k % B of step steps.begin + k / B.
-  const auto da_of = [&](Index k) -> const Real* { return da.at(steps.begin + k / B) + k % B * GH; };
+  const auto da_of = [&](Index k) -> const Storage* { return da.at(steps.begin + k / B) + k % B * GH; };
   const auto input_row = [&](Index k) { return truncation.time(steps.begin + k / B) * B + k % B; };
   if (layer.dx) {
-    const Columns<Real>& columns = w_ih.columns;
+    const Columns<Element>& columns = w_ih.columns;
     // Threads share the longer side.
     const bool by_rows = rows >= row_block * team.size || rows >= I;
     const Range own = by_rows ? team.share(rows) : Range{0, rows};
     const Range vectors =
         by_rows ? Range{0, columns.unit_vectors()} : team.share(columns.unit_vectors());
-    multiply_rows<Real>(
+    multiply_rows<Element>(
         own.size(), [&](Index m) { return da_of(own.begin + m); }, w_ih, vectors,
         [&](Index m) { return layer.dx + input_row(own.begin + m) * I; });
   }
   if (!layer.dw_ih && !layer.dw_hh) return;
   const auto x_of = [&](Index k) { return layer.x + input_row(k) * I; };
-  const auto h_prev_of = [&](Index k) -> const Real* {
+  const auto h_prev_of = [&](Index k) -> const Storage* {
     const Index p = steps.begin + k / B, b = k % B;
     return p == 0 ? layer.h0 + b * H : layer.y + (truncation.time(p - 1) * B + b) * H;
   };
   const bool accumulate = steps.end < layer.shape.T;
-  weight_gradients<Real>(
+  weight_gradients<Element>(
       team.share(GH), rows, da_of,
-      GradientInput<Real, decltype(x_of)>{layer.dw_ih ? I : 0, x_of, layer.dw_ih},
-      GradientInput<Real, decltype(h_prev_of)>{layer.dw_hh ? H : 0, h_prev_of, layer.dw_hh}, layer.db,
+      GradientInput<Element, decltype(x_of)>{layer.dw_ih ? I : 0, x_of, scratch.dw_ih},
+      GradientInput<Element, decltype(h_prev_of)>{layer.dw_hh ? H : 0, h_prev_of, scratch.dw_hh}, scratch.db,
       accumulate, blocks);
 }
 
 // Packs this thread's share of the panels of a matrix stored one row per k.
-template <class Real>
-void pack_share(Team& team, const Columns<Real>& columns, Index k_count, const Real* from, Real* to) {
+template <class Element>
+void pack_share(Team& team, const Columns<Element>& columns, Index k_count, const StorageOf<Element>* from,
+                Element* to) {
   const Range panels = team.share(columns.panels());
   pack_rows(
       columns, panels, k_count, [&](Index k) { return from + k * columns.units; },
-      to + panels.begin * k_count * panel_width<Real>);
+      to + panels.begin * elements_in<Element>(k_count) * panel_width<Element>);
 }
 
 // Steps to a chunk: whole blocks of the gradients' terms, two of them where their da stays in cache.
-template <class Real>
+template <class Storage>
 Index chunk_steps(Index T, Index B, Index GH) {
-  constexpr Index terms = GradientBlocks<Real>::terms, cache_bytes = Index(8) << 20;
-  const Index most = 2 * terms * GH * Index(sizeof(Real)) <= cache_bytes ? 2 * terms : terms;
+  constexpr Index terms = GradientBlocks<ElementOf<Storage>>::terms, cache_bytes = Index(8) << 20;
+  const Index most = 2 * terms * GH * Index(sizeof(Storage)) <= cache_bytes ? 2 * terms : terms;
   const Index chunks = std::clamp<Index>(ceil_div(T * B, most), 1, T);
   return ceil_div(T, chunks);
 }
 
-template <class Real, class MakeCells>
-void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCells&& make_cells) {
+template <class CellLayer, class Storage>
+void run_backward(const LayerBackward<Storage>& layer) {
+  using Element = ElementOf<Storage>;
+  using Real = RealOf<Storage>;
+  constexpr bool rounds = !std::is_same_v<Storage, Real>;
+  constexpr Index gates = CellLayer::gates;
   const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
   const Index GH = gates * H;
   const Truncation truncation{T, layer.k1, layer.k2, layer.shape.reverse};
   const Index window_rows = truncation.blocks() * B;
   const Index starts = truncation.windows_to_start() * B;
-  const Columns<Real> hidden{H, 1}, input{I, 1};
-  const Plan plan = plan_backward(layer.shape, layer.k1, layer.k2, layer.dx != nullptr, engine<Real>());
+  const Columns<Element> hidden{H, 1}, input{I, 1};
+  const Plan plan =
+      plan_backward(layer.shape, layer.k1, layer.k2, layer.dx != nullptr, engine<Element>());
+  const bool pack = terms_in<Element> > 1 || plan.pack;
 
   // Without packing, only a last panel that is not full.
-  const Index ih_count = layer.dx ? (plan.pack ? input.panels() : 1) * GH * panel_width<Real> : 0;
-  const Index hh_count = (plan.pack ? hidden.panels() : 1) * GH * panel_width<Real>;
+  const auto packed_size = [&](const Columns<Element>& columns) {
+    return Packed<Element>::size(pack ? columns : Columns<Element>{1, 1}, GH);
+  };
+  const Index ih_count = layer.dx ? packed_size(input) : 0;
+  const Index hh_count = packed_size(hidden);
   const Index carry_count = gates == 4 ? window_rows * H : 0;
   const bool whole = layer.k1 < T;  // several windows take each step all over the sequence
-  const Index chunk = whole ? T : chunk_steps<Real>(T, B, GH);
+  const bool overlapping = layer.k2 > layer.k1;
+  const Index chunk = whole ? T : chunk_steps<Storage>(T, B, GH);
   const Index ring = whole ? T : std::min(2 * chunk, T);
   const Index da_count = whole ? 0 : ring * B * GH;
+  const Index dw_ih_count = rounds && layer.dw_ih ? GH * I : 0;
+  const Index dw_hh_count = rounds && layer.dw_hh ? GH * H : 0;
+  const Index db_count = rounds && layer.db ? GH : 0;
   const Index buffer_count =
-      std::max<Index>(row_block * panel_width<Real>, GradientBlocks<Real>::count);
+      std::max<Index>(row_block * panel_width<Element>, GradientBlocks<Element>::count);
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
   Workspace& workspace = Workspace::with_room(
-      bytes(ih_count) + bytes(hh_count) + bytes(GH) + 2 * bytes(starts * H) + bytes(carry_count) +
-      bytes(da_count) +
+      Workspace::bytes_for<Element>(ih_count) + Workspace::bytes_for<Element>(hh_count) +
+      Workspace::bytes_for<Storage>(GH) + 2 * bytes(starts * H) + bytes(carry_count) +
+      Workspace::bytes_for<Storage>(da_count) + bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(db_count) +
       bytes(buffer_count * plan.threads));
-  Real* packed_ih = workspace.take<Real>(ih_count);
-  Real* packed_hh = workspace.take<Real>(hh_count);
-  BackwardScratch<Real> scratch{};
-  scratch.zeros = workspace.take<Real>(GH);
+  Element* packed_ih = workspace.take<Element>(ih_count);
+  Element* packed_hh = workspace.take<Element>(hh_count);
+  BackwardScratch<Storage> scratch{};
+  scratch.zeros = workspace.take<Storage>(GH);
   scratch.dh_start = workspace.take<Real>(starts * H);
   scratch.dc_start = workspace.take<Real>(starts * H);
   Real* dc_carry = workspace.take<Real>(carry_count);
-  scratch.da = {whole ? layer.da : workspace.take<Real>(da_count), ring, B * GH};
+  scratch.da = {whole ? layer.da : workspace.take<Storage>(da_count), ring, B * GH};
+  if constexpr (rounds) {
+    scratch.sums = {layer.da_sums, T, B * GH};
+    scratch.dw_ih = workspace.take<Real>(dw_ih_count);
+    scratch.dw_hh = workspace.take<Real>(dw_hh_count);
+    scratch.db = layer.db ? workspace.take<Real>(db_count) : nullptr;
+  } else {
+    scratch.sums = scratch.da;
+    scratch.dw_ih = layer.dw_ih;
+    scratch.dw_hh = layer.dw_hh;
+    scratch.db = layer.db;
+  }
   Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
-  std::fill(scratch.zeros, scratch.zeros + GH, Real(0));
+  std::fill(scratch.zeros, scratch.zeros + GH, Storage{});
 
   const auto run = [&](Team& team, const auto& w_ih, const auto& w_hh) {
     Real* buffer = buffers + team.rank * buffer_count;
-    const auto cells = make_cells(dc_carry);
+    const CellLayer cells{layer, gates == 4 ? dc_carry : nullptr};
     for (Index end = T; end > 0;) {
       const Index begin = std::max<Index>(end - chunk, 0);
       // At the start one step further: the last product is the gradient of the initial state.
@@ -344,44 +391,52 @@ void run_backward(const LayerBackward<Real>& layer, Index gates, MakeCells&& mak
       recur_back(team, plan, layer, truncation, cells, w_hh, steps, scratch, buffer);
       // Everybody's da is there; and nobody reads the chunk before, whose place the next one takes.
       team.barrier();
-      products(team, layer, truncation, {begin, end}, scratch.da, w_ih, buffer);
+      if (rounds && overlapping) {
+        round_share(team, T * B * GH, scratch.sums.rows, layer.da);
+        team.barrier();
+      }
+      products(team, layer, truncation, {begin, end}, scratch, w_ih, reinterpret_cast<Element*>(buffer));
       end = begin;
     }
     if (layer.dh0)
       add_starts(team, truncation.windows_to_start(), B * H, scratch.dh_start, layer.dh0);
     if (layer.dc0)
       add_starts(team, truncation.windows_to_start(), B * H, scratch.dc_start, layer.dc0);
+    if (rounds) {
+      team.barrier();
+      round_share(team, GH * I, scratch.dw_ih, layer.dw_ih);
+      round_share(team, GH * H, scratch.dw_hh, layer.dw_hh);
+      round_share(team, GH, scratch.db, layer.db);
+    }
   };
   auto body = [&](Team& team) {
-    if (plan.pack) {
+    if (pack) {
       pack_share(team, hidden, GH, layer.w_hh, packed_hh);
       if (layer.dx) pack_share(team, input, GH, layer.w_ih, packed_ih);
       team.barrier();
-      using Right = Packed<Real>;
+      using Right = Packed<Element>;
       return run(team, Right{input, GH, packed_ih}, Right{hidden, GH, packed_hh});
     }
-    using Right = UnpackedRows<Real>;
-    const Right w_ih{input, GH, layer.w_ih, packed_ih}, w_hh{hidden, GH, layer.w_hh, packed_hh};
-    if (team.rank == 0) {
-      if (layer.dx) w_ih.pack_last(packed_ih);
-      w_hh.pack_last(packed_hh);
+    if constexpr (terms_in<Element> == 1) {
+      using Right = UnpackedRows<Element>;
+      const Right w_ih{input, GH, layer.w_ih, packed_ih}, w_hh{hidden, GH, layer.w_hh, packed_hh};
+      if (team.rank == 0) {
+        if (layer.dx) w_ih.pack_last(packed_ih);
+        w_hh.pack_last(packed_hh);
+      }
+      team.barrier();
+      run(team, w_ih, w_hh);
     }
-    team.barrier();
-    run(team, w_ih, w_hh);
   };
   run_team(plan.threads, body);
   workspace.release();
 }
 
-template <class Real>
-void layer_backward(const LayerBackward<Real>& layer) {
-  if (layer.shape.cell == Cell::lstm) {
-    run_backward(layer, 4, [&](Real* dc_carry) { return LstmBackward<Real>{layer, dc_carry}; });
-    return;
-  }
-  with_rnn_cell(layer.shape.cell, [&](auto cell) {
-    run_backward(layer, 1, [&](Real*) { return RnnBackward<Real, decltype(cell)>{layer}; });
-  });
+template <class Storage>
+void layer_backward(const LayerBackward<Storage>& layer) {
+  if (layer.shape.cell == Cell::lstm) return run_backward<LstmBackward<Storage>>(layer);
+  with_rnn_cell(layer.shape.cell,
+                [&](auto cell) { run_backward<RnnBackward<Storage, decltype(cell)>>(layer); });
 }
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

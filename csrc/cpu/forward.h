@@ -17,9 +17,10 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-template <class Real>
+template <class Element>
 Engine engine() {
-  return {Vec<Real>::width, sizeof(Real), tile_rows, row_block, l1_cache_bytes(), l2_cache_bytes()};
+  return {Vec<Element>::width, sizeof(Element),   tile_rows,        row_block,
+          l1_cache_bytes(),    l2_cache_bytes(), terms_in<Element>};
 }
 
 // What a thread owns of a recurrence.
@@ -34,9 +35,11 @@ inline Part part_of(const Team& team, const Plan& plan, Index rows, Index unit_v
 }
 
 // Adds up the biases; absent ones are zero.
-template <class Real>
-void add_biases(Index count, const Real* b_ih, const Real* b_hh, Real* sum) {
-  for (Index n = 0; n < count; ++n) sum[n] = (b_ih ? b_ih[n] : Real(0)) + (b_hh ? b_hh[n] : Real(0));
+template <class Storage>
+void add_biases(Index count, const Storage* b_ih, const Storage* b_hh, RealOf<Storage>* sum) {
+  using Real = RealOf<Storage>;
+  for (Index n = 0; n < count; ++n)
+    sum[n] = (b_ih ? load(b_ih + n) : Real(0)) + (b_hh ? load(b_hh + n) : Real(0));
 }
 
 // Where a step stands: t, and in processing order p; the chunk's first step has in_chunk 0.
@@ -46,21 +49,23 @@ struct Step {
 };
 
 // The line that holds the end of a vector; the line of its beginning came with the vector before it.
-template <class Real>
-RNNFAST_INLINE void prefetch_vector(const Real* from) {
-  __builtin_prefetch(from + Vec<Real>::width - 1, 1);
+template <class Storage>
+RNNFAST_INLINE void prefetch_vector(const Storage* from) {
+  __builtin_prefetch(from + Vec<RealOf<Storage>>::width - 1, 1);
 }
 
 // The cells of one step: `operator()` finishes one vector of hidden units of row b, where sums[gate] is
 // h[t-1] W_hh^T; `prefetch` asks for the lines that it will use.
-template <class Real>
+template <class Storage>
 struct LstmCells {
+  using Real = RealOf<Storage>;
   Index H;
   const Real* bias;
   Real* preactivations;  // (B, 4, H); the gates take their place if they are kept
   bool keep_gates;
   const Real* c_prev;  // (B, H)
-  Real *c, *h;         // (B, H)
+  Real* c;             // (B, H)
+  Storage* h;          // (B, H)
 
   RNNFAST_INLINE void prefetch(Index b, Index unit) const {
     const Real* row = preactivations + b * 4 * H + unit;
@@ -86,40 +91,44 @@ struct LstmCells {
       gate.o.store(row + 3 * H, lanes);
     }
     c_new.store(c + b * H + unit, lanes);
-    h_new.store(h + b * H + unit, lanes);
+    store(h_new, h + b * H + unit, lanes);
   }
 };
 
-template <class Real, class Nonlinearity>
+template <class Storage, class Nonlinearity>
 struct RnnCells {
+  using Real = RealOf<Storage>;
   Index H;
   const Real* bias;
-  Real* h;  // (B, H); holds the pre-activations until then
+  const Real* preactivations;  // (B, H); may be where h goes
+  Storage* h;                  // (B, H)
 
   RNNFAST_INLINE void prefetch(Index b, Index unit) const { prefetch_vector(h + b * H + unit); }
 
   RNNFAST_INLINE void operator()(Index b, Index unit, Index lanes, const Real* sums) const {
     using V = Vec<Real>;
-    Real* row = h + b * H + unit;
-    Nonlinearity::forward(V::load(row, lanes) + V::load(sums) + V::load(bias + unit, lanes))
-        .store(row, lanes);
+    const Index at = b * H + unit;
+    const V a = V::load(preactivations + at, lanes) + V::load(sums) + V::load(bias + unit, lanes);
+    store(Nonlinearity::forward(a), h + at, lanes);
   }
 };
 
 // The layer as its recurrence sees it: where pre-activations are (the projection puts them there), and the
 // cells of a step.
-template <class Real>
+template <class Storage>
 struct LstmForward {
+  using Real = RealOf<Storage>;
   static constexpr Index gates = 4;
-  const LayerForward<Real>& layer;
+  const LayerForward<Storage>& layer;
   const Real* bias;
   Real* chunk_gates;  // (chunk, B, 4, H) where the layer does not keep its gates
 
+  static bool needs_chunk(const LayerForward<Storage>& layer) { return !layer.gates; }
   Real* preactivations(Step at) const {
     const Index step = 4 * layer.shape.B * layer.shape.H;
     return layer.gates ? layer.gates + at.t * step : chunk_gates + at.in_chunk * step;
   }
-  LstmCells<Real> cells(Step at) const {
+  LstmCells<Storage> cells(Step at) const {
     const Index step = layer.shape.B * layer.shape.H;
     const Real* c_prev = at.p == 0 ? layer.c0 : layer.c ? layer.c + at.t_prev * step : layer.c_n;
     Real* c = layer.c ? layer.c + at.t * step : layer.c_n;
@@ -127,24 +136,38 @@ struct LstmForward {
   }
 };
 
-template <class Real, class Nonlinearity>
+template <class Storage, class Nonlinearity>
 struct RnnForward {
+  using Real = RealOf<Storage>;
   static constexpr Index gates = 1;
-  const LayerForward<Real>& layer;
+  const LayerForward<Storage>& layer;
   const Real* bias;
+  Real* chunk;  // (chunk, B, H) where y cannot hold them
 
-  Real* preactivations(Step at) const { return layer.y + at.t * layer.shape.B * layer.shape.H; }
-  RnnCells<Real, Nonlinearity> cells(Step at) const { return {layer.shape.H, bias, preactivations(at)}; }
+  static bool needs_chunk(const LayerForward<Storage>&) { return !std::is_same_v<Storage, Real>; }
+  Real* preactivations(Step at) const {
+    const Index step = layer.shape.B * layer.shape.H;
+    if constexpr (std::is_same_v<Storage, Real>)
+      return layer.y + at.t * step;
+    else
+      return chunk + at.in_chunk * step;
+  }
+  RnnCells<Storage, Nonlinearity> cells(Step at) const {
+    return {layer.shape.H, bias, preactivations(at), layer.y + at.t * layer.shape.B * layer.shape.H};
+  }
 };
 
 // One thread's part of the whole layer; Right is how the weights are laid out.
-template <class Real, class CellLayer, class Right>
-void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
-                  const CellLayer& cell_layer, const Right& w_ih, const Right& w_hh, Real* buffer) {
+template <class Storage, class CellLayer, class Right>
+void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& layer,
+                  const CellLayer& cell_layer, const Right& w_ih, const Right& w_hh,
+                  RealOf<Storage>* buffer) {
+  using Element = ElementOf<Storage>;
+  using Real = RealOf<Storage>;
   constexpr Index width = Vec<Real>::width;
   constexpr Index gates = CellLayer::gates;
   const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
-  const Columns<Real>& columns = w_hh.columns;
+  const Columns<Element>& columns = w_hh.columns;
   const Part part = part_of(team, plan, B, columns.unit_vectors());
   const Index rows = part.rows.size();
   const Index blocks = ceil_div(rows, row_block);
@@ -161,20 +184,20 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
       return cell_layer.preactivations(step(begin + m / rows)) +
              (part.rows.begin + m % rows) * gates * H;
     };
-    multiply_rows<Real>(rows * (end - begin), input, w_ih, part.unit_vectors, preactivations);
+    multiply_rows<Element>(rows * (end - begin), input, w_ih, part.unit_vectors, preactivations);
 
     for (Index p = begin; p < end; ++p) {
       const Step at = step(p);
       const auto cells = cell_layer.cells(at);
-      const Real* previous = p == 0 ? layer.h0 : layer.y + at.t_prev * B * H;
+      const Storage* previous = p == 0 ? layer.h0 : layer.y + at.t_prev * B * H;
       for (Index block = 0; block < blocks; ++block) {
         const Range own = share(rows, block, blocks);
         const Index first = part.rows.begin + own.begin;
-        const Real* a[row_block];
+        const Element* a[row_block];
         Real* sums[row_block];
         for (Index r = 0; r < own.size(); ++r) {
-          a[r] = previous + (first + r) * H;
-          sums[r] = buffer + r * panel_width<Real>;
+          a[r] = as_elements(previous + (first + r) * H);
+          sums[r] = buffer + r * panel_width<Element>;
         }
         for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](Piece piece) {
           const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
@@ -209,19 +232,24 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Real>& layer,
   }
 }
 
-template <class Real, class MakeCells>
-void run_forward(const LayerForward<Real>& layer, Index gates, MakeCells&& make_cells) {
+template <class CellLayer, class Storage>
+void run_forward(const LayerForward<Storage>& layer) {
+  using Element = ElementOf<Storage>;
+  using Real = RealOf<Storage>;
+  constexpr Index gates = CellLayer::gates;
   const LayerShape& shape = layer.shape;
-  const Columns<Real> columns{shape.H, gates};
-  const Plan plan = plan_forward(shape, engine<Real>());
-  const Index ih_count = plan.pack ? columns.panels() * shape.I * panel_width<Real> : 0;
-  const Index hh_count = plan.pack ? columns.panels() * shape.H * panel_width<Real> : 0;
-  const Index buffer_count = row_block * panel_width<Real>;
-  const Index chunk_count = gates == 4 && !layer.gates ? plan.chunk * shape.B * columns.count() : 0;
+  const Columns<Element> columns{shape.H, gates};
+  const Plan plan = plan_forward(shape, engine<Element>());
+  const Index ih_count = plan.pack ? Packed<Element>::size(columns, shape.I) : 0;
+  const Index hh_count = plan.pack ? Packed<Element>::size(columns, shape.H) : 0;
+  const Index buffer_count = row_block * panel_width<Element>;
+  const Index chunk_count =
+      CellLayer::needs_chunk(layer) ? plan.chunk * shape.B * columns.count() : 0;
 
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
-  const std::size_t packed_bytes = bytes(ih_count) + bytes(hh_count);
-  Pack pack({layer.w_ih, layer.w_hh, shape.I, shape.H, gates, Vec<Real>::width, sizeof(Real)},
+  const auto element_bytes = [](Index count) { return Workspace::bytes_for<Element>(count); };
+  const std::size_t packed_bytes = element_bytes(ih_count) + element_bytes(hh_count);
+  Pack pack({layer.w_ih, layer.w_hh, shape.I, shape.H, gates, Vec<Element>::width, sizeof(Storage)},
             packed_bytes, hash_bytes);
   const std::size_t own_bytes = pack.memory() ? 0 : packed_bytes;
   Workspace& workspace =
@@ -229,20 +257,20 @@ void run_forward(const LayerForward<Real>& layer, Index gates, MakeCells&& make_
                            bytes(buffer_count * plan.threads));
   auto* own = workspace.take<std::byte>(static_cast<Index>(own_bytes));
   std::byte* packed = pack.memory() ? pack.memory() : own;
-  auto* packed_ih = reinterpret_cast<Real*>(packed);
-  auto* packed_hh = reinterpret_cast<Real*>(packed + bytes(ih_count));
+  auto* packed_ih = reinterpret_cast<Element*>(packed);
+  auto* packed_hh = reinterpret_cast<Element*>(packed + element_bytes(ih_count));
   Real* bias = workspace.take<Real>(columns.count());
-  Real* chunk_gates = workspace.take<Real>(chunk_count);
+  Real* chunk_preactivations = workspace.take<Real>(chunk_count);
   Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
   add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
 
   auto body = [&](Team& team) {
     const auto part = [&](const auto& w_ih, const auto& w_hh) {
-      forward_part(team, plan, layer, make_cells(bias, chunk_gates), w_ih, w_hh,
+      forward_part(team, plan, layer, CellLayer{layer, bias, chunk_preactivations}, w_ih, w_hh,
                    buffers + team.rank * buffer_count);
     };
     if (!plan.pack) {
-      using Right = UnpackedColumns<Real>;
+      using Right = UnpackedColumns<Element>;
       return part(Right{columns, shape.I, layer.w_ih}, Right{columns, shape.H, layer.w_hh});
     }
     pack.refresh(team, [&] {
@@ -250,7 +278,7 @@ void run_forward(const LayerForward<Real>& layer, Index gates, MakeCells&& make_
       pack_columns(columns, panels, shape.I, layer.w_ih, packed_ih);
       pack_columns(columns, panels, shape.H, layer.w_hh, packed_hh);
     });
-    using Right = Packed<Real>;
+    using Right = Packed<Element>;
     part(Right{columns, shape.I, packed_ih}, Right{columns, shape.H, packed_hh});
   };
   run_team(plan.threads, body);
@@ -258,20 +286,12 @@ void run_forward(const LayerForward<Real>& layer, Index gates, MakeCells&& make_
   workspace.release();
 }
 
-template <class Real>
-void layer_forward(const LayerForward<Real>& layer) {
+template <class Storage>
+void layer_forward(const LayerForward<Storage>& layer) {
   if (layer.shape.T == 0 || layer.shape.B == 0) return;
-  if (layer.shape.cell == Cell::lstm) {
-    run_forward(layer, 4, [&](const Real* bias, Real* chunk_gates) {
-      return LstmForward<Real>{layer, bias, chunk_gates};
-    });
-    return;
-  }
-  with_rnn_cell(layer.shape.cell, [&](auto cell) {
-    run_forward(layer, 1, [&](const Real* bias, Real*) {
-      return RnnForward<Real, decltype(cell)>{layer, bias};
-    });
-  });
+  if (layer.shape.cell == Cell::lstm) return run_forward<LstmForward<Storage>>(layer);
+  with_rnn_cell(layer.shape.cell,
+                [&](auto cell) { run_forward<RnnForward<Storage, decltype(cell)>>(layer); });
 }
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -11,28 +11,30 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// What is in use at a time, and fits the L2 cache: `terms` of k by `panels` of the inputs and `rows` of m.
-template <class Real>
+// What is in use at a time, and fits the L2 cache: `elements` of k by `panels` of the inputs and `rows` of m.
+template <class Element>
 struct GradientBlocks {
-  static constexpr Index terms = 2048 / sizeof(Real);
+  static constexpr Index elements = 2048 / sizeof(Element);
+  static constexpr Index terms = elements * terms_in<Element>;
   static constexpr Index panels = 4;
   static constexpr Index rows = 96;  // whole tiles
-  static constexpr Index right_count = terms * panels * panel_width<Real>;
-  static constexpr Index count = right_count + terms * rows;  // a thread's scratch
+  static constexpr Index right_count = elements * panels * panel_width<Element>;
+  static constexpr Index count = right_count + elements * rows;  // a thread's scratch
 };
 
 // c[r] += a . panel for the rows of one tile, at column vectors of one panel, the last of them with `lanes`.
-template <class Real>
-void add_tile(int rows, int vectors, Index lanes, Index terms, Left<Real> a, Panel<Real> panel, Real* const* c,
-              bool accumulate) {
+template <class Element>
+void add_tile(int rows, int vectors, Index lanes, Index elements, Left<Element> a, Panel<Element> panel,
+              SumOf<Element>* const* c, bool accumulate) {
+  using Real = SumOf<Element>;
   using V = Vec<Real>;
-  const TileKernel<Real> tile = tiles<Real>[rows - 1][vectors - 1];
-  if (lanes == V::width) return tile({0, terms}, a, panel, {c, V::width, accumulate});
+  const TileKernel<Element> tile = tiles<Element>[rows - 1][vectors - 1];
+  if (lanes == V::width) return tile({0, elements}, a, panel, {c, V::width, accumulate});
   // A whole vector would spill into the next row.
-  alignas(64) Real sums[tile_rows * panel_width<Real>];
+  alignas(64) Real sums[tile_rows * panel_width<Element>];
   Real* sum[tile_rows];
-  for (int r = 0; r < rows; ++r) sum[r] = sums + r * panel_width<Real>;
-  tile({0, terms}, a, panel, {sum, V::width, false});
+  for (int r = 0; r < rows; ++r) sum[r] = sums + r * panel_width<Element>;
+  tile({0, elements}, a, panel, {sum, V::width, false});
   for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < vectors; ++v) {
       Real* to = c[r] + v * V::width;
@@ -43,59 +45,59 @@ void add_tile(int rows, int vectors, Index lanes, Index terms, Left<Real> a, Pan
   }
 }
 
-// dw[m][columns of panel p] += sum over `terms` of left[k][m] * panel[k], for `rows` of m.
-template <class Real>
-void add_panel(Index rows, Index terms, const Real* left, Panel<Real> panel, const Columns<Real>& columns, Index p,
-               Real* dw, bool accumulate) {
-  const Index n = p * panel_width<Real>;
+// dw[m][columns of panel p] += sum over `elements` of left[k][m] * panel[k], for `rows` of m.
+template <class Element>
+void add_panel(Index rows, Index elements, const Element* left, Panel<Element> panel,
+               const Columns<Element>& columns, Index p, SumOf<Element>* dw, bool accumulate) {
+  const Index n = p * panel_width<Element>;
   const int vectors = int(std::min<Index>(tile_vectors, columns.unit_vectors() - p * tile_vectors));
   const Index groups = ceil_div(rows, tile_rows);
   for (Index group = 0; group < groups; ++group) {
     const Range own = share(rows, group, groups);
-    const Real* a[tile_rows];
-    Real* c[tile_rows];
+    const Element* a[tile_rows];
+    SumOf<Element>* c[tile_rows];
     for (Index r = own.begin; r < own.end; ++r) {
       a[r - own.begin] = left + r;
       c[r - own.begin] = dw + r * columns.count() + n;
     }
-    add_tile<Real>(int(own.size()), vectors, columns.lanes(p, vectors - 1), terms,
-                   {a, GradientBlocks<Real>::rows}, panel, c, accumulate);
+    add_tile<Element>(int(own.size()), vectors, columns.lanes(p, vectors - 1), elements,
+                   {a, GradientBlocks<Element>::rows}, panel, c, accumulate);
   }
 }
 
 // db[m] += sum over k of da[k][m], for `rows` of m that stand `stride` apart from k to k.
-template <class Real>
-void add_rows(Index rows, Index terms, const Real* da, Index stride, Real* db, bool accumulate) {
-  using V = Vec<Real>;
+template <class Element>
+void add_rows(Index rows, Index elements, const Element* da, Index stride, SumOf<Element>* db, bool accumulate) {
+  using V = Vec<SumOf<Element>>;
   for (Index m = 0; m < rows; m += V::width) {
-    V sum = accumulate ? V::load(db + m, rows - m) : V(Real(0));
-    for (Index k = 0; k < terms; ++k) sum = sum + V::load(da + k * stride + m, rows - m);
+    V sum = accumulate ? V::load(db + m, rows - m) : V(SumOf<Element>(0));
+    for (Index k = 0; k < elements; ++k) sum = add_terms(load_elements(da + k * stride + m, rows - m), sum);
     sum.store(db + m, rows - m);
   }
 }
 
-// What the weights were multiplied with: row_of(k) is a row of `count` elements. Not wanted: count 0.
-template <class Real, class RowOf>
+// What the weights were multiplied with: row_of(k) is a row of `count` numbers. Not wanted: count 0.
+template <class Element, class RowOf>
 struct GradientInput {
   Index count;
   RowOf row_of;
-  Real* dw;  // (m, count)
+  SumOf<Element>* dw;  // (m, count)
 
-  Columns<Real> columns() const { return {count, 1}; }
+  Columns<Element> columns() const { return {count, 1}; }
   Index panels() const { return columns().panels(); }
 };
 
 // dw[m][n] of two inputs for m in `part`, from rows da_of(k); with db also db[m] = sum over k of da_of(k)[m].
 // Sums are added to what dw and db hold where `accumulate` is set.
 // The panels of the second input follow those of the first, so each block of da is copied once for both.
-template <class Real, class DaOf, class FirstOf, class SecondOf>
-void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInput<Real, FirstOf>& first,
-                      const GradientInput<Real, SecondOf>& second, Real* db, bool accumulate,
-                      Real* scratch) {
-  using V = Vec<Real>;
-  using Blocks = GradientBlocks<Real>;
-  Real* const right = scratch;
-  Real* const left = scratch + Blocks::right_count;
+template <class Element, class DaOf, class FirstOf, class SecondOf>
+void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInput<Element, FirstOf>& first,
+                      const GradientInput<Element, SecondOf>& second, SumOf<Element>* db,
+                      bool accumulate, Element* scratch) {
+  using V = Vec<Element>;
+  using Blocks = GradientBlocks<Element>;
+  Element* const right = scratch;
+  Element* const left = scratch + Blocks::right_count;
   const Index all_panels = first.panels() + second.panels();
   for (Index panel = 0; panel < all_panels; panel += Blocks::panels) {
     const Range panels{panel, std::min(panel + Blocks::panels, all_panels)};
@@ -104,7 +106,7 @@ void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInp
       const Range k_range = share(k_count, block, blocks);
       const Index from = k_range.begin, terms = k_range.size();
       const bool adds = accumulate || block > 0;
-      const Index panel_size = terms * panel_width<Real>;
+      const Index elements = elements_in<Element>(terms), panel_size = elements * panel_width<Element>;
       // Calls body(input, its panels, where they are packed) for the inputs that have panels in this group.
       const auto for_each_input = [&](auto&& body) {
         const Index split = std::clamp(first.panels(), panels.begin, panels.end);
@@ -113,21 +115,21 @@ void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInp
           body(second, Range{split - first.panels(), panels.end - first.panels()},
                right + (split - panels.begin) * panel_size);
       };
-      for_each_input([&](const auto& input, Range own, Real* packed) {
+      for_each_input([&](const auto& input, Range own, Element* packed) {
         pack_rows(
             input.columns(), own, terms, [&](Index k) { return input.row_of(from + k); }, packed);
       });
       for (Index m = part.begin; m < part.end; m += Blocks::rows) {
         const Index rows = std::min(Blocks::rows, part.end - m);
-        for (Index k = 0; k < terms; ++k) {
-          const Real* da = da_of(from + k) + m;
+        for (Index k = 0; k < elements; ++k) {
+          const RowsOfTerms<Element> da(k, terms, [&](Index n) { return da_of(from + n) + m; });
           for (Index r = 0; r < rows; r += V::width)
-            V::load(da + r, rows - r).store(left + k * Blocks::rows + r, rows - r);
+            store_elements(da.load(r, rows - r), left + k * Blocks::rows + r, rows - r);
         }
-        if (db && panel == 0) add_rows(rows, terms, left, Blocks::rows, db + m, adds);
-        for_each_input([&](const auto& input, Range own, const Real* packed) {
+        if (db && panel == 0) add_rows(rows, elements, left, Blocks::rows, db + m, adds);
+        for_each_input([&](const auto& input, Range own, const Element* packed) {
           for (Index p = own.begin; p < own.end; ++p, packed += panel_size)
-            add_panel(rows, terms, left, {packed, panel_width<Real>}, input.columns(), p,
+            add_panel<Element>(rows, elements, left, {packed, panel_width<Element>}, input.columns(), p,
                       input.dw + m * input.count, adds);
         });
       }

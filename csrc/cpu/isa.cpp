@@ -14,6 +14,9 @@ extern const Kernels kernels_avx2;
 #if defined(RNNFAST_BUILT_AVX512)
 extern const Kernels kernels_avx512;
 #endif
+#if defined(RNNFAST_BUILT_AVX512BF16)
+extern const Kernels kernels_avx512bf16;
+#endif
 
 namespace {
 
@@ -31,6 +34,11 @@ const std::vector<Build>& builds() {
 #endif
 #if defined(RNNFAST_BUILT_AVX512)
     list.push_back({&kernels_avx512, __builtin_cpu_supports("avx512f") != 0});
+#endif
+#if defined(RNNFAST_BUILT_AVX512BF16)
+    list.push_back({&kernels_avx512bf16, __builtin_cpu_supports("avx512bf16") &&
+                                             __builtin_cpu_supports("avx512bw") &&
+                                             __builtin_cpu_supports("avx512vl")});
 #endif
     return list;
   }();

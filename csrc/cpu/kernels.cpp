@@ -35,22 +35,24 @@ RNNFAST_INLINE void keep(Vec<Real>& value) {
 #endif
 }
 
-template <class Real>
+template <class Element>
 double fma_loop(Index iterations) {
-  using V = Vec<Real>;
+  using V = Vec<SumOf<Element>>;
   constexpr int chains = tile_rows * tile_vectors;  // as many as a tile has
   V sum[chains];
 #pragma GCC unroll 32
-  for (V& chain : sum) chain = V(Real(0));
-  const V factor(Real(0.5)), term(Real(0.25));
+  for (V& chain : sum) chain = V(SumOf<Element>(0));
+  Vec<Element> a(typename Vec<Element>::Native{}), b = a;
+  keep(a);
+  keep(b);
   for (Index i = 0; i < iterations; ++i) {
 #pragma GCC unroll 32
     for (int chain = 0; chain < chains; ++chain) {
-      sum[chain] = fma(sum[chain], factor, term);
+      sum[chain] = multiply_add(a, b, sum[chain]);
       keep(sum[chain]);
     }
   }
-  return 2.0 * chains * V::width * double(iterations);
+  return 2.0 * terms_in<Element> * chains * V::width * double(iterations);
 }
 
 template <class Real>
@@ -74,9 +76,15 @@ Real sum(Index count, const Real* x) {
   return total;
 }
 
+template <class Storage>
+constexpr LayerKernels<Storage> layers() {
+  using Element = ElementOf<Storage>;
+  return {layer_forward<Storage>, layer_backward<Storage>, engine<Element>, fma_loop<Element>};
+}
+
 template <class Real>
 constexpr KernelsFor<Real> table() {
-  return {layer_forward<Real>, layer_backward<Real>, engine<Real>, evaluate<Real>, fma_loop<Real>, sum<Real>};
+  return {layers<Real>(), evaluate<Real>, sum<Real>};
 }
 
 }  // namespace
@@ -89,7 +97,7 @@ constexpr KernelsFor<Real> table() {
 
 extern const Kernels RNNFAST_TABLE(RNNFAST_ISA);
 const Kernels RNNFAST_TABLE(RNNFAST_ISA){RNNFAST_NAME(RNNFAST_ISA), RNNFAST_ISA::table<float>(),
-                                         RNNFAST_ISA::table<double>(),
+                                         RNNFAST_ISA::table<double>(), RNNFAST_ISA::layers<BFloat16>(),
                                          RNNFAST_ISA::hash_bytes};
 
 }  // namespace rnnfast::cpu

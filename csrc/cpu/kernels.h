@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../rnnfast.h"
@@ -12,15 +13,20 @@ namespace rnnfast::cpu {
 
 enum class Function { exp, sigmoid, tanh };
 
-template <class Real>
-struct KernelsFor {
-  void (*forward)(const LayerForward<Real>& layer);
-  void (*backward)(const LayerBackward<Real>& layer);
+template <class Storage>
+struct LayerKernels {
+  void (*forward)(const LayerForward<Storage>& layer);
+  void (*backward)(const LayerBackward<Storage>& layer);
   // What forward() and backward() are planned for.
   Engine (*engine)();
-  void (*evaluate)(Function function, Index count, const Real* x, Real* y);
-  // Runs independent FMAs in registers; returns how many floating-point operations those were.
+  // Runs the products' instruction on independent registers; returns how many floating-point operations
+  // those were.
   double (*fma_loop)(Index iterations);
+};
+
+template <class Real>
+struct KernelsFor : LayerKernels<Real> {
+  void (*evaluate)(Function function, Index count, const Real* x, Real* y);
   // Adds up an array: reads it once, as fast as loads go.
   Real (*sum)(Index count, const Real* x);
 };
@@ -29,11 +35,14 @@ struct Kernels {
   const char* name;
   KernelsFor<float> f32;
   KernelsFor<double> f64;
+  LayerKernels<BFloat16> bf16;
   HashBytes hash_bytes;
 
-  template <class Real>
-  const KernelsFor<Real>& of() const {
-    if constexpr (sizeof(Real) == 4)
+  template <class Storage>
+  const auto& of() const {
+    if constexpr (std::is_same_v<Storage, BFloat16>)
+      return bf16;
+    else if constexpr (std::is_same_v<Storage, float>)
       return f32;
     else
       return f64;

@@ -16,15 +16,15 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 
 constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
-template <class Real>
-constexpr Index panel_width = tile_vectors * Vec<Real>::width;
+template <class Element>
+constexpr Index panel_width = tile_vectors * Vec<Element>::width;
 
 // The columns of a packed matrix of `gates` (1 or 4) times `units` columns.
-template <class Real>
+template <class Element>
 struct Columns {
   Index units, gates;
 
-  static constexpr Index width = Vec<Real>::width;
+  static constexpr Index width = Vec<Element>::width;
 
   // Work is shared out by vectors of units.
   Index unit_vectors() const { return ceil_div(units, width); }
@@ -54,8 +54,8 @@ struct Piece {
 
 // Calls body(piece) for the pieces that make up unit vectors [part.begin, part.end). Recurrences go backwards
 // every other step: what the L2 cache still holds of weights larger than it is what was used last.
-template <class Real, class Body>
-RNNFAST_INLINE void for_each_piece(const Columns<Real>& columns, Range part, bool backwards, Body&& body) {
+template <class Element, class Body>
+RNNFAST_INLINE void for_each_piece(const Columns<Element>& columns, Range part, bool backwards, Body&& body) {
   const Index most = columns.gates == 4 ? 1 : tile_vectors;  // unit vectors in a panel
   const Index panels = part.size() > 0 ? (part.end - 1) / most - part.begin / most + 1 : 0;
   for (Index n = 0; n < panels; ++n) {
@@ -70,24 +70,24 @@ RNNFAST_INLINE void for_each_piece(const Columns<Real>& columns, Range part, boo
 
 // Transposes width x width elements in registers: log2(width) rounds, each interleaving the first half
 // of the rows with the second.
-template <class Real, int... lane>
-RNNFAST_INLINE void interleave(Vec<Real> a, Vec<Real> b, Vec<Real>& low, Vec<Real>& high,
+template <class Element, int... lane>
+RNNFAST_INLINE void interleave(Vec<Element> a, Vec<Element> b, Vec<Element>& low, Vec<Element>& high,
                                std::integer_sequence<int, lane...>) {
-  constexpr int width = Vec<Real>::width;
+  constexpr int width = Vec<Element>::width;
 #if defined(__clang__)
   low.v = __builtin_shufflevector(a.v, b.v, (lane / 2 + lane % 2 * width)...);
   high.v = __builtin_shufflevector(a.v, b.v, (width / 2 + lane / 2 + lane % 2 * width)...);
 #else
-  using Lanes = typename Vec<Real>::Mask;
+  using Lanes = typename Vec<Element>::Mask;
   low.v = __builtin_shuffle(a.v, b.v, Lanes{(lane / 2 + lane % 2 * width)...});
   high.v = __builtin_shuffle(a.v, b.v, Lanes{(width / 2 + lane / 2 + lane % 2 * width)...});
 #endif
 }
 
-template <class Real>
-RNNFAST_INLINE void transpose_square(Vec<Real>* rows) {
-  constexpr int width = Vec<Real>::width;
-  Vec<Real> mixed[width];
+template <class Element>
+RNNFAST_INLINE void transpose_square(Vec<Element>* rows) {
+  constexpr int width = Vec<Element>::width;
+  Vec<Element> mixed[width];
 #pragma GCC unroll 4
   for (int round = 1; round < width; round *= 2) {
 #pragma GCC unroll 16
@@ -99,17 +99,21 @@ RNNFAST_INLINE void transpose_square(Vec<Real>* rows) {
   }
 }
 
-// to[c * to_stride + r] = from(r)[c]. Rows are padded with zeros up to whole vectors of `to`.
-template <class Real, class RowOf>
-void transpose(Index rows, Index columns, RowOf&& from, Real* to, Index to_stride) {
-  constexpr Index width = Vec<Real>::width;
+// to[c * to_stride + r] = element c of from(r), a row of `count` numbers. Rows are padded with zeros up to
+// whole vectors of `to`.
+template <class Element, class RowOf>
+void transpose(Index rows, Index count, RowOf&& from, Element* to, Index to_stride) {
+  using V = Vec<Element>;
+  constexpr Index width = V::width, terms = terms_in<Element>;
+  const Index columns = elements_in<Element>(count);
   for (Index r = 0; r < rows; r += width) {
     for (Index c = 0; c < columns; c += width) {
       const Index wide = std::min(width, columns - c);
-      Vec<Real> square[width];
+      V square[width];
       for (Index i = 0; i < width; ++i)
-        square[i] = r + i < rows ? Vec<Real>::load(from(r + i) + c, wide) : Vec<Real>(Real(0));
-      transpose_square<Real>(square);
+        square[i] = r + i < rows ? load_along(from(r + i) + c * terms, count - c * terms)
+                                 : V(typename V::Native{});
+      transpose_square<Element>(square);
       for (Index i = 0; i < wide; ++i) square[i].store(to + (c + i) * to_stride + r);
     }
   }
@@ -117,50 +121,92 @@ void transpose(Index rows, Index columns, RowOf&& from, Real* to, Index to_strid
 
 // Packs panels [which.begin, which.end) of a matrix stored one row per column, as weights are:
 // element (k, column) is from[column * k_count + k].
-template <class Real>
-void pack_columns(const Columns<Real>& columns, Range which, Index k_count, const Real* from,
-                  Real* to) {
+template <class Element>
+void pack_columns(const Columns<Element>& columns, Range which, Index k_count,
+                  const StorageOf<Element>* from, Element* to) {
+  const Index panel_size = elements_in<Element>(k_count) * panel_width<Element>;
   for (Index panel = which.begin; panel < which.end; ++panel) {
     for (Index v = 0; v < tile_vectors; ++v) {
-      Real* vector = to + panel * k_count * panel_width<Real> + v * Vec<Real>::width;
-      const Real* first = from + columns.column(panel, v) * k_count;
+      Element* vector = to + panel * panel_size + v * Vec<Element>::width;
+      const StorageOf<Element>* first = from + columns.column(panel, v) * k_count;
       const Index lanes = columns.lanes(panel, v);
       if (lanes > 0)
-        transpose<Real>(lanes, k_count, [&](Index r) { return first + r * k_count; }, vector,
-                        panel_width<Real>);
+        transpose<Element>(lanes, k_count, [&](Index r) { return first + r * k_count; }, vector,
+                        panel_width<Element>);
     }
   }
 }
 
+// Element k of a sum over `k_count` terms, for every column, of a matrix stored one row per term.
+template <class Element>
+struct RowsOfTerms {
+  const StorageOf<Element>* first;
+  const StorageOf<Element>* second = nullptr;  // of a pair that is whole
+
+  template <class RowOf>
+  RowsOfTerms(Index k, Index k_count, RowOf&& row_of) : first(row_of(k * terms_in<Element>)) {
+    if constexpr (terms_in<Element> == 2)
+      if (2 * k + 1 < k_count) second = row_of(2 * k + 1);
+  }
+  // n columns from `column`, with zeros behind.
+  RNNFAST_INLINE Vec<Element> load(Index column, Index n) const {
+    return load_across(first + column, second ? second + column : nullptr, n);
+  }
+};
+
 // Packs panels [which.begin, which.end), one behind the other from `to`, of a matrix stored one row per
 // k: element (k, column) is row_of(k)[column].
-template <class Real, class RowOf>
-void pack_rows(const Columns<Real>& columns, Range which, Index k_count, RowOf&& row_of, Real* to) {
-  for (Index k = 0; k < k_count; ++k) {
-    const Real* row = row_of(k);
+template <class Element, class RowOf>
+void pack_rows(const Columns<Element>& columns, Range which, Index k_count, RowOf&& row_of,
+               Element* to) {
+  const Index elements = elements_in<Element>(k_count);
+  for (Index k = 0; k < elements; ++k) {
+    const RowsOfTerms<Element> rows(k, k_count, row_of);
     for (Index panel = which.begin; panel < which.end; ++panel) {
-      Real* target = to + ((panel - which.begin) * k_count + k) * panel_width<Real>;
+      Element* target = to + ((panel - which.begin) * elements + k) * panel_width<Element>;
       for (Index v = 0; v < tile_vectors; ++v) {
         const Index lanes = columns.lanes(panel, v);
         if (lanes > 0)
-          Vec<Real>::load(row + columns.column(panel, v), lanes).store(target + v * Vec<Real>::width);
+          rows.load(columns.column(panel, v), lanes).store(target + v * Vec<Element>::width);
       }
     }
   }
 }
 
 // The right-hand side of a product, as panels: c = a . right, summed over `k_count` terms.
-template <class Real>
+template <class Element>
 struct Packed {
-  Columns<Real> columns;
+  Columns<Element> columns;
   Index k_count;
-  const Real* panels;
+  const Element* panels;
+
+  // Elements of the panels of such a matrix.
+  static Index size(const Columns<Element>& columns, Index k_count) {
+    return columns.panels() * elements_in<Element>(k_count) * panel_width<Element>;
+  }
 
   // The product of `rows` rows with one piece.
-  void multiply(Index rows, Piece piece, const Real* const* a, TileTarget<Real> c) const {
-    const Real* first = panels + piece.panel * k_count * panel_width<Real> +
-                        piece.first * Vec<Real>::width;
-    cpu::RNNFAST_ISA::multiply<Real>(rows, piece.vectors, k_count, a, {first, panel_width<Real>}, c);
+  void multiply(Index rows, Piece piece, const Element* const* a, TileTarget<SumOf<Element>> c) const {
+    const Index whole = k_count / terms_in<Element>;
+    const Element* first = panels + piece.panel * elements_in<Element>(k_count) * panel_width<Element> +
+                           piece.first * Vec<Element>::width;
+    cpu::RNNFAST_ISA::multiply<Element>(rows, piece.vectors, whole, a, {first, panel_width<Element>}, c);
+    if constexpr (terms_in<Element> == 2)
+      if (k_count % 2) add_last(rows, piece.vectors, whole, a, first + whole * panel_width<Element>, c);
+  }
+
+ private:
+  // The term without a partner: what stands behind it in the row is not part of the sum, and may be NaN.
+  static void add_last(Index rows, Index vectors, Index k, const Element* const* a, const Element* panel,
+                       TileTarget<SumOf<Element>> c) {
+    Element last[row_block];
+    const Element* row[row_block];
+    for (Index r = 0; r < rows; ++r) {
+      last[r] = {*as_numbers(a[r] + k), {0}};
+      row[r] = &last[r];
+    }
+    c.accumulate = true;
+    cpu::RNNFAST_ISA::multiply<Element>(rows, vectors, 1, row, {panel, panel_width<Element>}, c);
   }
 };
 

@@ -41,13 +41,14 @@ double best_rate(int threads, Work&& work) {
 
 }  // namespace
 
-template <class Real>
+template <class Storage>
 double fma_peak(int threads) {
-  return best_rate(threads, [](Team&) { return kernels().of<Real>().fma_loop(300000); });
+  return best_rate(threads, [](Team&) { return kernels().of<Storage>().fma_loop(300000); });
 }
 
 template double fma_peak<float>(int threads);
 template double fma_peak<double>(int threads);
+template double fma_peak<BFloat16>(int threads);
 
 double read_bandwidth(Index bytes, int threads) {
   const Index count = std::max<Index>(bytes / Index(sizeof(float)), 64);

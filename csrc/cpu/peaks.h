@@ -5,8 +5,9 @@
 
 namespace rnnfast::cpu {
 
-// Floating-point operations a second that `threads` threads reach together on independent FMAs.
-template <class Real>
+// Floating-point operations a second that `threads` threads reach together on independent FMAs, or on
+// independent products of bfloat16 pairs.
+template <class Storage>
 double fma_peak(int threads);
 
 // Bytes a second that `threads` threads read together, each from `bytes` of its own.

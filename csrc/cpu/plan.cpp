@@ -59,16 +59,20 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
 }
 
 Plan plan_forward(const LayerShape& shape, const Engine& engine) {
-  return plan_recurrence({shape.T, shape.B, shape.H, gate_count(shape.cell), shape.H, shape.I}, engine,
-                         shape.threads);
+  const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
+  return plan_recurrence(
+      {shape.T, shape.B, shape.H, gate_count(shape.cell), lanes(shape.H), lanes(shape.I)}, engine,
+      shape.threads);
 }
 
 Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, const Engine& engine) {
   const Index gates = gate_count(shape.cell);
   const Index product_terms = gates * ((want_dx ? shape.I : 0) + shape.I + shape.H);
   const Index windows = ceil_div(shape.T, k1);
-  return plan_recurrence({k2, windows * shape.B, shape.H, 1, gates * shape.H, product_terms}, engine,
-                         shape.threads);
+  const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
+  return plan_recurrence(
+      {k2, windows * shape.B, shape.H, 1, lanes(gates * shape.H), lanes(product_terms)}, engine,
+      shape.threads);
 }
 
 // Only some C libraries tell, and some answer 0: then a common size stands in.

@@ -21,6 +21,7 @@ struct Engine {
   Index tile_rows;
   Index row_block;  // rows that pass over the weights together
   Index l1_bytes, l2_bytes;  // of one core
+  Index terms = 1;           // of a sum that are multiplied at a time, in a lane of `real_bytes`
 };
 
 // `rows` sequences of `steps` steps; a step multiplies a row of `terms` numbers by weights for `units`

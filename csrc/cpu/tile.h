@@ -11,7 +11,7 @@
 #include <array>
 #include <utility>
 
-#include "simd.h"
+#include "bfloat16.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -24,37 +24,38 @@ struct TileTarget {
 };
 
 // Vectors side by side for k = 0, 1, ..., `stride` elements from one k to the next.
-template <class Real>
+template <class Element>
 struct Panel {
-  const Real* first;
+  const Element* first;
   Index stride;
 };
 
 // Rows whose elements stand `stride` apart: element (r, k) is row[r][k * stride].
-template <class Real>
+template <class Element>
 struct Left {
-  const Real* const* row;
+  const Element* const* row;
   Index stride;
 };
 
-// Terms k of the sum; the rows of the left side and the panel both begin at k = 0.
+// Elements k of the sum; the rows of the left side and the panel both begin at k = 0.
 struct Terms {
   Index begin, end;
 };
 
-template <class Real>
-using TileKernel = void (*)(Terms k, Left<Real> a, Panel<Real> panel, TileTarget<Real> c);
+template <class Element>
+using TileKernel = void (*)(Terms k, Left<Element> a, Panel<Element> panel, TileTarget<SumOf<Element>> c);
 
 // Tall tiles have issue slots to spare: they ask for the panel this many k ahead of its use, for panels that
 // come from the L3 cache. Short ones load so often that the processor's own prefetching does better.
 constexpr Index prefetch_terms = 32;
 constexpr int prefetch_rows = 5;
 
-template <class Real, int rows, int vectors>
-void tile(Terms k, Left<Real> a, Panel<Real> panel, TileTarget<Real> c) {
+template <class Element, int rows, int vectors>
+void tile(Terms k, Left<Element> a, Panel<Element> panel, TileTarget<SumOf<Element>> c) {
+  using Real = SumOf<Element>;
   using V = Vec<Real>;
   V sum[rows][vectors];
-  const Real* row[rows];
+  const Element* row[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
     row[r] = a.row[r] + k.begin * a.stride;
@@ -65,21 +66,21 @@ void tile(Terms k, Left<Real> a, Panel<Real> panel, TileTarget<Real> c) {
       if (c.accumulate) __builtin_prefetch(c.row[r] + v * c.vector_stride, 1);
     }
   }
-  const Real* from = panel.first + k.begin * panel.stride;
+  const Element* from = panel.first + k.begin * panel.stride;
   Index at = 0;
   for (Index i = k.begin; i < k.end; ++i, at += a.stride, from += panel.stride) {
-    V b[vectors];
+    Vec<Element> b[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      b[v] = V::load(from + v * V::width);
+      b[v] = Vec<Element>::load(from + v * V::width);
       if constexpr (rows >= prefetch_rows)
         __builtin_prefetch(from + prefetch_terms * panel.stride + v * V::width);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V broadcast(row[r][at]);
+      const Vec<Element> factor = broadcast(row[r] + at);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = fma(broadcast, b[v], sum[r][v]);
+      for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(factor, b[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -93,37 +94,37 @@ void tile(Terms k, Left<Real> a, Panel<Real> panel, TileTarget<Real> c) {
 }
 
 // Every size of tile, found by [rows - 1][vectors - 1].
-template <class Real, int row, int... vector>
+template <class Element, int row, int... vector>
 constexpr auto tile_row(std::integer_sequence<int, vector...>) {
-  return std::array<TileKernel<Real>, tile_vectors>{tile<Real, row + 1, vector + 1>...};
+  return std::array<TileKernel<Element>, tile_vectors>{tile<Element, row + 1, vector + 1>...};
 }
-template <class Real, int... row>
+template <class Element, int... row>
 constexpr auto tile_table(std::integer_sequence<int, row...>) {
-  return std::array<std::array<TileKernel<Real>, tile_vectors>, tile_rows>{
-      tile_row<Real, row>(std::make_integer_sequence<int, tile_vectors>())...};
+  return std::array<std::array<TileKernel<Element>, tile_vectors>, tile_rows>{
+      tile_row<Element, row>(std::make_integer_sequence<int, tile_vectors>())...};
 }
-template <class Real>
-inline constexpr auto tiles = tile_table<Real>(std::make_integer_sequence<int, tile_rows>());
+template <class Element>
+inline constexpr auto tiles = tile_table<Element>(std::make_integer_sequence<int, tile_rows>());
 
 // Sums over k are cut into pieces of this many terms, so that all rows pass over a panel's piece before it
 // leaves the caches next to the core. A constant, because where the cuts are decides how sums are rounded.
-template <class Real>
-constexpr Index k_block = 1024 / sizeof(Real);
+template <class Element>
+constexpr Index k_block = 1024 / sizeof(Element);
 
 // Rows that pass over one piece of a panel before the next is fetched.
 constexpr Index row_block = 128;
 
 // C[0..rows)[0..vectors) (+)= a[0..rows)[0..k) . panel, for rows <= row_block and any k.
-template <class Real>
-void multiply(Index rows, Index vectors, Index k, const Real* const* a, Panel<Real> panel,
-              TileTarget<Real> c) {
+template <class Element>
+void multiply(Index rows, Index vectors, Index k, const Element* const* a, Panel<Element> panel,
+              TileTarget<SumOf<Element>> c) {
   const Index groups = (rows + tile_rows - 1) / tile_rows;
   Terms terms{0, 0};
   do {  // at least once: an empty sum is still written
-    terms = {terms.end, k - terms.end < k_block<Real> ? k : terms.end + k_block<Real>};
+    terms = {terms.end, k - terms.end < k_block<Element> ? k : terms.end + k_block<Element>};
     for (Index group = 0; group < groups; ++group) {
       const Index first = group * rows / groups, last = (group + 1) * rows / groups;
-      tiles<Real>[last - first - 1][vectors - 1](
+      tiles<Element>[last - first - 1][vectors - 1](
           terms, {a + first, 1}, panel, {c.row + first, c.vector_stride, c.accumulate || terms.begin > 0});
     }
   } while (terms.end < k);

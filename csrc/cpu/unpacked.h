@@ -9,16 +9,18 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 
 // A matrix stored one row per column, as weights are going forward. Vectors run along k, so each column
 // is a sum of its lanes in the end: `width` columns together, by one transposition.
-template <class Real>
+template <class Element>
 struct UnpackedColumns {
-  Columns<Real> columns;
+  Columns<Element> columns;
   Index k_count;
-  const Real* weights;  // (columns, k)
+  const StorageOf<Element>* weights;  // (columns, k)
 
-  void multiply(Index rows, Piece piece, const Real* const* a, TileTarget<Real> c) const {
+  using Real = SumOf<Element>;
+
+  void multiply(Index rows, Piece piece, const Element* const* a, TileTarget<Real> c) const {
     for (Index r = 0; r < rows; ++r) {
       for (Index v = 0; v < piece.vectors; ++v) {
-        const Vec<Real> sum = dot(a[r], piece.panel, piece.first + v);
+        const Vec<Real> sum = dot(as_numbers(a[r]), piece.panel, piece.first + v);
         Real* to = c.row[r] + v * c.vector_stride;
         (c.accumulate ? Vec<Real>::load(to) + sum : sum).store(to);
       }
@@ -31,27 +33,28 @@ struct UnpackedColumns {
   static constexpr int streams = std::min(8, Vec<Real>::width);
 
   // a . each column of vector v; lanes behind the last column repeat it.
-  Vec<Real> dot(const Real* a, Index panel, Index v) const {
+  Vec<Real> dot(const StorageOf<Element>* a, Index panel, Index v) const {
     using V = Vec<Real>;
     const Index lanes = columns.lanes(panel, v);
-    const Real* first = weights + columns.column(panel, v) * k_count;
+    const StorageOf<Element>* first = weights + columns.column(panel, v) * k_count;
     V sum[V::width];
 #pragma GCC unroll 4
     for (int lane = 0; lane < V::width; lane += streams) {
-      const Real* row[streams];
+      const StorageOf<Element>* row[streams];
 #pragma GCC unroll 8
       for (int i = 0; i < streams; ++i) {
         row[i] = first + std::min<Index>(lane + i, lanes - 1) * k_count;
         sum[lane + i] = V(Real(0));
       }
       const auto add = [&](Index k, Index terms) RNNFAST_LAMBDA {
-        const V factor = V::load(a + k, terms);
+        const Vec<Element> factor = load_along(a + k, terms);
 #pragma GCC unroll 8
         for (int i = 0; i < streams; ++i)
-          sum[lane + i] = fma(factor, V::load(row[i] + k, terms), sum[lane + i]);
+          sum[lane + i] = multiply_add(factor, load_along(row[i] + k, terms), sum[lane + i]);
       };
+      constexpr Index whole = V::width * terms_in<Element>;
       Index k = 0;
-      for (; k + V::width <= k_count; k += V::width) add(k, V::width);
+      for (; k + whole <= k_count; k += whole) add(k, whole);
       if (k < k_count) add(k, k_count - k);
     }
     transpose_square<Real>(sum);
@@ -63,7 +66,8 @@ struct UnpackedColumns {
 };
 
 // A matrix stored one row per k, as weights are going back: whole panels are read where they lie. Only the
-// last one, if it is not full, is a copy, so that no load runs past the end.
+// last one, if it is not full, is a copy, so that no load runs past the end. Not for pairs, whose terms stand in
+// two rows.
 template <class Real>
 struct UnpackedRows {
   Columns<Real> columns;

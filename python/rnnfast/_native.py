@@ -34,7 +34,7 @@ try:
 except ImportError as error:  # built where nvcc was found; all else works without
     cuda, cuda_missing = None, str(error)
 
-_SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
+_SUFFIX = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -43,8 +43,13 @@ def precision(dtype: torch.dtype) -> str:
         return _SUFFIX[dtype]
     except KeyError:
         raise NotImplementedError(
-            f"rnnfast's kernels compute in float32 and float64, not in {dtype}"
+            f"rnnfast's kernels compute in bfloat16, float32 and float64, not in {dtype}"
         ) from None
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What kernels for ``dtype`` add up in, and keep cell states in."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def build_info() -> dict[str, Any]:
@@ -71,7 +76,10 @@ def using_isa(name: str) -> Iterator[None]:
 
 
 def fma_peak(threads: int, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s that ``threads`` threads reach on independent FMAs; takes tens of milliseconds."""
+    """FLOP/s that ``threads`` threads reach on independent FMAs; takes tens of milliseconds.
+
+    For bfloat16: on independent products of pairs, added up in float32.
+    """
     return getattr(core, f"fma_peak_{precision(dtype)}")(threads)
 
 

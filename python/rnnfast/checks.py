@@ -100,8 +100,7 @@ def group_weights(
         )
     if dtype not in KERNEL_DTYPES and dtype not in HALF_DTYPES:
         raise RuntimeError(
-            f"{kind}: weights have dtype {dtype}, "
-            "expected float32, float64, or float16 or bfloat16 (computed in float32)"
+            f"{kind}: weights have dtype {dtype}, expected float32, float64, bfloat16 or float16"
         )
     return groups
 

@@ -2,9 +2,9 @@
 
 The two callers, the registered operators (`ops`) and the short way past torch's dispatcher
 (`direct`), have checked what a kernel must be able to trust: every tensor is an ordinary one of the
-same dtype, in the CPU's memory, and of the shape `Sizes` implies. Nothing is copied unless it is
-not contiguous. For a small layer each allocation takes as long as the arithmetic, so none is made
-that nobody asked for.
+same dtype, in the CPU's memory, and of the shape `Sizes` implies. (With bfloat16 whatever belongs
+to the cell, c0 and its like, is float32.) Nothing is copied unless it is not contiguous. For a
+small layer each allocation takes as long as the arithmetic, so none is made that nobody asked for.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._native import core
+from ._native import accumulator, core, precision
 
 GATES = {"lstm": 4, "tanh": 1, "relu": 1}  # by the names the core has for its cells
 
 Sizes = tuple[int, int, int, int]  # T, B, I, H
 
-_FORWARD = {torch.float32: "layer_forward_float32", torch.float64: "layer_forward_float64"}
-_BACKWARD = {torch.float32: "layer_backward_float32", torch.float64: "layer_backward_float64"}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_FORWARD = {dtype: f"layer_forward_{precision(dtype)}" for dtype in _DTYPES}
+_BACKWARD = {dtype: f"layer_backward_{precision(dtype)}" for dtype in _DTYPES}
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -57,9 +58,9 @@ def forward(
     y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(*state_shape)
     c_n = c = gates = None
     if c0 is not None:
-        c0, c_n = c0.contiguous(), x.new_empty(*state_shape)
+        c0, c_n = c0.contiguous(), c0.new_empty(*state_shape)
         if keep:
-            c, gates = x.new_empty(T, B, H), x.new_empty(T, B, 4, H)
+            c, gates = c0.new_empty(T, B, H), c0.new_empty(T, B, 4, H)
     getattr(core, _FORWARD[x.dtype])(
         cell, T, B, I, H, reverse, torch.get_num_threads(),
         x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh),
@@ -91,12 +92,14 @@ def backward(
     rows = GATES[cell] * H
     dx = x.new_empty(*x.shape) if want_x else None
     dh0 = x.new_empty(*h0.shape) if want_h0 else None
-    dc0 = x.new_empty(*c0.shape) if want_c0 else None
+    dc0 = c0.new_empty(*c0.shape) if want_c0 else None
     dw_ih = x.new_empty(rows, I) if want_w_ih else None
     dw_hh = x.new_empty(rows, H) if want_w_hh or want_b else None  # db comes with dw_hh
     db = x.new_empty(rows) if want_b else None
     da = x.new_empty(T, B, rows) if k1 < T else None
     da_windows = x.new_empty(2, -(-T // k1) * B, rows) if k2 > k1 else None
+    total = accumulator(x.dtype)
+    da_sums = x.new_empty(T, B, rows, dtype=total) if k2 > k1 and total != x.dtype else None
     getattr(core, _BACKWARD[x.dtype])(
         cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2,
         _address(dy), _address(dh_n), _address(dc_n), _address(dc),
@@ -104,5 +107,6 @@ def backward(
         y.data_ptr(), _address(c), _address(gates),
         _address(dx), _address(dw_ih), _address(dw_hh), _address(db),
         _address(dh0), _address(dc0), _address(da), _address(da_windows),
+        _address(da_sums),
     )  # fmt: skip
     return dx, dh0, dc0, dw_ih, dw_hh if want_w_hh else None, db

@@ -55,8 +55,10 @@ def lstm(
         (y, (h_n, c_n)), with return_cells (y, (h_n, c_n), cells). y has the shape of x with
         D * (P or H) features; cells, of the last layer, has D * H features.
 
-    float32 and float64 are computed as such; float16 and bfloat16 in float32, rounded at the end,
-    on CUDA with h rounded every step. CUDA float32 is TF32 where
+    float32 and float64 are computed as such; float16 in float32, rounded at the end. bfloat16
+    weights and activations are multiplied as they are and added up in float32, and the cell state
+    is float32 from the first step to the last; with proj_size, bfloat16 is treated as float16 is.
+    On CUDA both halves are, and h is rounded every step; float32 is TF32 there where
     torch.backends.cuda.matmul.allow_tf32 says so.
     Under torch.autocast input and state are cast to the weights' dtype, which is the result's.
 
@@ -252,10 +254,8 @@ def _run(
     dtype = x.dtype
     # The CUDA kernels keep their sums in float32 themselves, where the layer is one operator.
     in_kernel = x.is_cuda and sequence is None and k1 == k2 and layer is not _projected_layer
-    widened = dtype in checks.HALF_DTYPES and not in_kernel
-    if widened:
-        x = x.float()
-        states, groups = [_float(s) for s in states], [_float(group) for group in groups]
+    if not in_kernel:
+        x, states, groups = _as_computed(layer, x, states, groups)
 
     args = (groups, directions, dropout, k1, k2, grad or return_cells)
     if sequence is None:
@@ -274,8 +274,7 @@ def _run(
         state = tuple(s.unsqueeze(0) for s in finals[0])
     else:
         state = tuple(torch.stack(s) for s in zip(*finals, strict=True))
-    if widened:
-        y, state = y.to(dtype), tuple(s.to(dtype) for s in state)
+    y, state = y.to(dtype), tuple(s.to(dtype) for s in state)
     cells = torch.cat(cells, -1).to(dtype) if return_cells else None
 
     def shaped_like_input(steps: Tensor) -> Tensor | PackedSequence:
@@ -379,15 +378,14 @@ def _step(
         state = checks.check_states(kind, hx, [(*lead, hidden)] * states, w_ih, (1, 2))
     save = _needs_grad(x, state, [group])
     dtype = x.dtype
-    widened = dtype in checks.HALF_DTYPES and not x.is_cuda
-    if widened:
-        x, state, group = x.float(), _float(state), _float(group)
+    if not x.is_cuda:
+        x, (state,), (group,) = _as_computed(layer, x, [state], [group])
     if not lead:
         x, state = x.unsqueeze(0), [s.unsqueeze(0) for s in state]
     final = layer(x.unsqueeze(0), state, group, False, 0, 0, save)[1]
     if not lead:
         final = tuple(s.squeeze(0) for s in final)
-    return tuple(s.to(dtype) for s in final) if widened else final
+    return tuple(s.to(dtype) for s in final)
 
 
 def _needs_grad(x: Tensor, states: Sequence[Tensor], groups: list[LayerWeights]) -> bool:
@@ -396,6 +394,21 @@ def _needs_grad(x: Tensor, states: Sequence[Tensor], groups: list[LayerWeights])
         or any(w is not None and w.requires_grad for group in groups for w in group)
         or any(s.requires_grad for s in states)
     )
+
+
+def _as_computed(
+    layer: Layer, x: Tensor, states: list[State], groups: list[LayerWeights]
+) -> tuple[Tensor, list[State], list[LayerWeights]]:
+    """Input, states and weights in the dtypes `layer` computes with.
+
+    On the CPU that is bfloat16 with cell states in float32. float32 stands in for float16, and for
+    bfloat16 where projected layers, which are torch's arithmetic, would round at every operation.
+    """
+    if x.dtype == torch.bfloat16 and layer is not _projected_layer and not x.is_cuda:
+        return x, [(h, *_float(cell)) for h, *cell in states], groups
+    if x.dtype in checks.HALF_DTYPES:
+        return x.float(), [_float(s) for s in states], [_float(group) for group in groups]
+    return x, states, groups
 
 
 def _float(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

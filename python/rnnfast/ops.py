@@ -2,7 +2,8 @@
 
 Each operator has a schema, a fake kernel (shapes only, for ``torch.compile`` and meta tensors), a
 CPU kernel that checks the sizes and hands on to `cpu`, and an autograd formula that is again an
-operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers. Eager calls on plain
+operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers. With bfloat16 on
+the CPU, what belongs to the cell (c0, c_n, c, gates and their gradients) is float32. Eager calls on plain
 CPU tensors, which need none of this, take the short way of `direct`.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import cpu
-from ._native import precision
+from ._native import accumulator, precision
 
 __all__ = ["lstm_layer", "rnn_layer"]
 
@@ -40,14 +41,20 @@ _RNN_BACKWARD = (
 )
 
 
+_OF_THE_CELL = frozenset({"c0", "c", "gates", "dc", "dc_n"})
+
+
 def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     """The kernels trust sizes, so an operator called directly with wrong ones must stop here."""
     if tensor is None:
         return
     if tensor.shape != shape:
         raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but should have {shape}")
-    if tensor.dtype != like.dtype:
-        raise RuntimeError(f"{name} is {tensor.dtype}, but x is {like.dtype}: they should be equal")
+    widened = name in _OF_THE_CELL and not like.is_cuda
+    expected = accumulator(like.dtype) if widened else like.dtype
+    if tensor.dtype != expected:
+        should = "they should be equal" if expected == like.dtype else f"it should be {expected}"
+        raise RuntimeError(f"{name} is {tensor.dtype}, but x is {like.dtype}: {should}")
     if tensor.device != like.device:
         raise RuntimeError(f"{name} is on device {tensor.device}, but x is on {like.device}")
 
@@ -98,11 +105,11 @@ def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
     precision(x.dtype)
     if T == 0:
         c, gates = ((0, B, H), (0, B, 4, H)) if save else ((0,), (0,))
-        return x.new_empty(0, B, H), h0.clone(), c0.clone(), x.new_empty(c), x.new_empty(gates)
+        return x.new_empty(0, B, H), h0.clone(), c0.clone(), c0.new_empty(c), c0.new_empty(gates)
     y, h_n, c_n, *kept = cpu.forward(
         *("lstm", (T, B, I, H), reverse, save, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     )
-    return y, h_n, c_n, *(kept if save else (x.new_empty(0), x.new_empty(0)))
+    return y, h_n, c_n, *(kept if save else (c0.new_empty(0), c0.new_empty(0)))
 
 
 def _rnn_layer_cpu(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
@@ -186,9 +193,9 @@ def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
     return (
         x.new_empty(T, B, H),
         x.new_empty(B, H),
-        x.new_empty(B, H),
+        c0.new_empty(B, H),
         x.new_empty(c, dtype=torch.float32 if half else x.dtype),
-        x.new_empty(gates),
+        c0.new_empty(gates),
     )
 
 
@@ -201,7 +208,7 @@ def _lstm_layer_backward_fake(
     dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *wants
 ):
     dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
-    return dx, x.new_empty(h0.shape), x.new_empty(c0.shape), dw_ih, dw_hh, db
+    return dx, x.new_empty(h0.shape), c0.new_empty(c0.shape), dw_ih, dw_hh, db
 
 
 def _rnn_layer_backward_fake(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants):

@@ -78,6 +78,8 @@ def main() -> None:
                                 got = by_operator(case, dtype)
                                 by_operator(case, dtype, ["x"])  # scratch is laid out differently
                             assert_results(case, got, by_reference(case, dtype))
+                            del got
+                            _kept.clear()  # a process may have so many mappings only
     print("all inside")
 
 

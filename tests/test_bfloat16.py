@@ -154,22 +154,6 @@ def test_what_is_not_finite_stays_in_its_row(B, I, H, cell, value, isa):
             assert got["y"][1:, row].isnan().all()
 
 
-@pytest.mark.parametrize("truncate", [None, (4, 4), (4, 6)])
-@pytest.mark.parametrize("cell", ["lstm", "tanh"])
-@pytest.mark.parametrize("sizes", [(20, 1, 129, 129), (20, 13, 70, 65), (40, 64, 33, 130)])
-def test_threads_change_no_bit(sizes, cell, truncate, isa):
-    case = Case(cell, *sizes, truncate=truncate)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(by_operator(case, BF16))
-    torch.set_num_threads(before)
-    for result in results[1:]:
-        for name, value in result.items():
-            assert torch.equal(value, results[0][name]), name
-
-
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])
 def test_without_saving_the_outputs_are_the_same(cell, isa):
     case = Case(cell, 9, 5, 17, 33)

@@ -17,7 +17,7 @@ import torch
 from one_layer import Case, by_operator, run_operator
 from rnnfast import _native, ops
 
-VECTOR_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64}
+VECTOR_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64, "avx512bf16": 64}
 SHARED_BY = {  # (T, B, I, H) by what the planner shares between threads
     "nothing": (3, 2, 4, 5),
     "rows": (20, 40, 33, 96),
@@ -27,13 +27,19 @@ SHARED_BY = {  # (T, B, I, H) by what the planner shares between threads
 
 def plans(case, dtype, threads):
     """The plans of forward and backward for the instruction set in use."""
-    width = VECTOR_BYTES[_native.build_info()["isa"]] // dtype.itemsize
-    machine = (width, dtype.itemsize, 6, 128, 48 << 10, 2 << 20)
+    element = max(dtype.itemsize, 4)  # bfloat16 is multiplied in pairs
+    terms = element // dtype.itemsize
+    width = VECTOR_BYTES[_native.build_info()["isa"]] // element
+    machine = (width, element, 6, 128, 48 << 10, 2 << 20)
     T, B, I, H, G = case.T, case.B, case.I, case.H, case.gates
     k1, k2 = case.truncate or (T, T)
-    plan = _native.core.plan_recurrence
-    forward = plan(T, B, H, G, H, I, *machine, threads)
-    backward = plan(k2, -(-T // k1) * B, H, 1, G * H, G * (2 * I + H), *machine, threads)
+
+    def plan(steps, rows, gates, *counts):
+        counts = (-(-count // terms) for count in counts)
+        return _native.core.plan_recurrence(steps, rows, H, gates, *counts, *machine, threads)
+
+    forward = plan(T, B, G, H, I)
+    backward = plan(k2, -(-T // k1) * B, 1, G * H, G * (2 * I + H))
     return forward, backward
 
 
@@ -53,7 +59,7 @@ def assert_identical(got, want):
         assert torch.equal(got[name], want[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])
 @pytest.mark.parametrize("truncate", [None, (3, 3), (3, 7)], ids=str)
 @pytest.mark.parametrize("shared_by", SHARED_BY)
@@ -66,7 +72,7 @@ def test_every_number_of_threads_gives_the_same_bits(
         assert_identical(by_operator(case, dtype), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])
 def test_the_planner_shares_what_this_file_supposes(cell, dtype, isa):
     for threads in (2, 5):

@@ -69,14 +69,14 @@ RNNFAST_INLINE const StorageOf<Element>* as_numbers(const Element* row) {
 // Conversions. To bfloat16: nearest, ties to even; a NaN stays one.
 
 typedef std::uint16_t Halves __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
-typedef std::uint32_t Words __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+typedef std::uint32_t FloatBits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 
 RNNFAST_INLINE Vec<float> widened(Halves halves) {
-  return Register<float>::Native(__builtin_convertvector(halves, Words) << 16);
+  return Register<float>::Native(__builtin_convertvector(halves, FloatBits) << 16);
 }
 RNNFAST_INLINE Halves rounded(Vec<float> value) {
-  const Words bits = Words(value.v), is_nan = Words(value.v != value.v);
-  const Words nearest = bits + 0x7fff + (bits >> 16 & 1), quiet = bits | 0x400000;
+  const FloatBits bits = FloatBits(value.v), is_nan = FloatBits(value.v != value.v);
+  const FloatBits nearest = bits + 0x7fff + (bits >> 16 & 1), quiet = bits | 0x400000;
   return __builtin_convertvector(((quiet & is_nan) | (nearest & ~is_nan)) >> 16, Halves);
 }
 
@@ -154,8 +154,8 @@ RNNFAST_INLINE Vec<Real> load_across(const Real* row, const Real*, Index n) {
   return Vec<Real>::load(row, n);
 }
 RNNFAST_INLINE Vec<Pair> load_across(const BFloat16* row, const BFloat16* second, Index n) {
-  const Words low = Words(load(row, n).v) >> 16;
-  return Register<Pair>::Native(second ? low | Words(load(second, n).v) : low);
+  const FloatBits low = FloatBits(load(row, n).v) >> 16;
+  return Register<Pair>::Native(second ? low | FloatBits(load(second, n).v) : low);
 }
 
 // The first n lanes of a vector of elements, with zeros behind; and the way back.
@@ -196,9 +196,9 @@ RNNFAST_INLINE Vec<float> multiply_add(Vec<Pair> a, Vec<Pair> b, Vec<float> sum)
 #if defined(__AVX512BF16__)
   return Native(_mm512_dpbf16_ps(__m512(sum.v), __m512bh(a.v), __m512bh(b.v)));
 #else
-  const auto first = [](Vec<Pair> pairs) RNNFAST_LAMBDA { return Vec<float>(Native(Words(pairs.v) << 16)); };
+  const auto first = [](Vec<Pair> pairs) RNNFAST_LAMBDA { return Vec<float>(Native(FloatBits(pairs.v) << 16)); };
   const auto second = [](Vec<Pair> pairs)
-                          RNNFAST_LAMBDA { return Vec<float>(Native(Words(pairs.v) & 0xffff0000u)); };
+                          RNNFAST_LAMBDA { return Vec<float>(Native(FloatBits(pairs.v) & 0xffff0000u)); };
   return fma(second(a), second(b), fma(first(a), first(b), sum));
 #endif
 }

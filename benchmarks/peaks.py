@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .shapes import Shape
 
-ITEMSIZE = {"float32": 4, "float64": 8}
+ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Peaks:
 
     Attributes:
         threads: OpenMP threads that were used.
-        dtype: "float32" or "float64".
+        dtype: "float32", "float64" or "bfloat16", whose peak is that of products of pairs.
         flops: floating-point operations per second, every FMA counted as two.
         bandwidth: bytes of W_hh -> bytes per second at which all threads together read it again and
             again, each thread its own part, as they do where hidden units are split over threads.

@@ -48,7 +48,7 @@ CASES = [Case(cell, *sizes, **way) for cell in ("lstm", "tanh") for sizes in SIZ
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_textbook(case, isa):
-    assert_results(case, by_operator(case, BF16), by_reference(case, BF16))
+    assert_results(case, by_operator(case, BF16), by_reference(case, BF16), in_float32=True)
 
 
 # A relu's derivative jumps where its pre-activation passes zero, which rounding h can make it do:
@@ -59,7 +59,7 @@ def test_relu(T, isa):
     want = by_reference(case, BF16)
     got = by_operator(case, BF16)
     names = want if T == 1 else ("y", "h_n")
-    assert_results(case, {n: got[n] for n in names}, {n: want[n] for n in names})
+    assert_results(case, {n: got[n] for n in names}, {n: want[n] for n in names}, in_float32=True)
 
 
 @pytest.mark.parametrize("I", [0, 1, 2, 3, 17, 129])
@@ -68,7 +68,9 @@ def test_relu(T, isa):
 def test_products_are_added_up_in_float32(B, H, I, isa):
     """One step's cell state and what it hands back are float32 throughout."""
     case = Case("lstm", 1, B, I, H, upstream=("h_n", "c_n"))
-    got, want = by_operator(case, BF16), by_reference(case, BF16)
+    inputs = case.inputs(BF16)
+    inputs["c0"] = inputs["c0"].float()
+    got, want = differentiate(case, inputs, case.cotangents(BF16)), by_reference(case, BF16)
     for name in ("c", "c_n"):
         assert_close(got[name], want[name], K=I + H, dtype=torch.float32, name=name)
     assert_close(got["dc0"], want["dc0"], K=I + H, dtype=torch.float32, scale=2.0)
@@ -168,7 +170,8 @@ def test_opcheck(cell):
     inputs = {name: v.requires_grad_() for name, v in case.inputs(BF16).items()}
     weights = [inputs[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     if cell == "lstm":
-        args = (inputs["x"], inputs["h0"], inputs["c0"], *weights, False, 0, 0, True)
+        c0 = inputs["c0"].detach().float().requires_grad_()
+        args = (inputs["x"], inputs["h0"], c0, *weights, False, 0, 0, True)
     else:
         args = (inputs["x"], inputs["h0"], *weights, cell, False, 0, 0)
     name = "lstm_layer" if cell == "lstm" else "rnn_layer"
@@ -176,11 +179,10 @@ def test_opcheck(cell):
 
 
 def test_a_cell_state_in_bfloat16_is_an_error():
-    case = Case("lstm", 2, 2, 3, 4)
-    inputs = case.inputs(BF16)
-    inputs["c0"] = inputs["c0"].to(BF16)
+    inputs = Case("lstm", 2, 2, 3, 4).inputs(BF16)
+    args = [inputs[name] for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")]
     with pytest.raises(RuntimeError, match=r"c0 is torch.bfloat16.*should be torch.float32"):
-        run_operator(case, inputs)
+        ops.lstm_layer(*args, False, 0, 0, True)
 
 
 # Modules

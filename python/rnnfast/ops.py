@@ -2,9 +2,9 @@
 
 Each operator has a schema, a fake kernel (shapes only, for ``torch.compile`` and meta tensors), a
 CPU kernel that checks the sizes and hands on to `cpu`, and an autograd formula that is again an
-operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers. With bfloat16 on
-the CPU, what belongs to the cell (c0, c_n, c, gates and their gradients) is float32. Eager calls on plain
-CPU tensors, which need none of this, take the short way of `direct`.
+operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers. With bfloat16 on the
+CPU what belongs to the cell (c0, c_n, c, gates and their gradients) is float32. Eager calls on
+plain CPU tensors, which need none of this, take the short way of `direct`.
 """
 
 from __future__ import annotations
@@ -44,14 +44,22 @@ _RNN_BACKWARD = (
 _OF_THE_CELL = frozenset({"c0", "c", "gates", "dc", "dc_n"})
 
 
-def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
-    """The kernels trust sizes, so an operator called directly with wrong ones must stop here."""
+def _expect(
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    like: Tensor,
+    cell_dtype: torch.dtype | None = None,
+) -> None:
+    """The kernels trust sizes, so an operator called directly with wrong ones must stop here.
+
+    cell_dtype: of what belongs to the cell, where that is not x's.
+    """
     if tensor is None:
         return
     if tensor.shape != shape:
         raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but should have {shape}")
-    widened = name in _OF_THE_CELL and not like.is_cuda
-    expected = accumulator(like.dtype) if widened else like.dtype
+    expected = cell_dtype if cell_dtype and name in _OF_THE_CELL else like.dtype
     if tensor.dtype != expected:
         should = "they should be equal" if expected == like.dtype else f"it should be {expected}"
         raise RuntimeError(f"{name} is {tensor.dtype}, but x is {like.dtype}: {should}")
@@ -67,14 +75,14 @@ def _sizes(x: Tensor, w_hh: Tensor) -> tuple[int, int, int, int]:
     return *x.shape, w_hh.shape[-1]
 
 
-def _check(gates, x, w_ih, w_hh, b_ih, b_hh, states) -> tuple[int, int, int, int]:
+def _check(gates, x, w_ih, w_hh, b_ih, b_hh, states, cell_dtype=None) -> tuple[int, int, int, int]:
     T, B, I, H = _sizes(x, w_hh)
     _expect("w_ih", w_ih, (gates * H, I), x)
     _expect("w_hh", w_hh, (gates * H, H), x)
     _expect("b_ih", b_ih, (gates * H,), x)
     _expect("b_hh", b_hh, (gates * H,), x)
     for name, state in states.items():
-        _expect(name, state, (B, H), x)
+        _expect(name, state, (B, H), x, cell_dtype)
     return T, B, I, H
 
 
@@ -100,7 +108,8 @@ def _check_nonlinearity(name: str) -> None:
 
 
 def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
-    T, B, I, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
+    states = {"h0": h0, "c0": c0}
+    T, B, I, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, states, accumulator(x.dtype))
     window(T, k1, k2)
     precision(x.dtype)
     if T == 0:
@@ -140,12 +149,12 @@ def _gradients(x, h0, w_ih, w_hh, want_x, want_w_ih, want_w_hh, want_b):
 def _lstm_layer_backward_cpu(
     dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *wants
 ):
-    T, B, I, H = _check(
-        4, x, w_ih, w_hh, None, None, {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
-    )
+    states = {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
+    cell_dtype = accumulator(x.dtype)
+    T, B, I, H = _check(4, x, w_ih, w_hh, None, None, states, cell_dtype)
     for name, tensor in {"dy": dy, "dc": dc, "y": y, "c": c}.items():
-        _expect(name, tensor, (T, B, H), x)
-    _expect("gates", gates, (T, B, 4, H), x)
+        _expect(name, tensor, (T, B, H), x, cell_dtype)
+    _expect("gates", gates, (T, B, 4, H), x, cell_dtype)
     precision(x.dtype)
     if T == 0:
         dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
@@ -187,7 +196,10 @@ def _cpu_gradients(cell, sizes, reverse, k1, k2, upstream, saved, wants):
 
 
 def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
-    T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
+    # The CPU's kernels take a wider c0 than CUDA's do; which these are nothing here tells.
+    wide = accumulator(x.dtype)
+    states = {"h0": h0, "c0": c0}
+    T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, states, wide if c0.dtype == wide else None)
     c, gates = ((T, B, H), (T, B, 4, H)) if save else ((0,), (0,))
     half = x.dtype in (torch.float16, torch.bfloat16)  # cell states are kept in float32 then
     return (

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import rnnfast
 from emulated import native
+
+
+def test_shares_a_process_with_the_kernels_for_a_gpu():
+    """Where nvcc was found rnnfast loads both, and pybind11 refuses a second type of one name."""
+    cuda = rnnfast._native.cuda
+    if cuda is None:
+        pytest.skip("rnnfast was built without CUDA")
+    assert cuda.Device is not native.Device
+
 
 FAULTS = {
     "race": "two threads use shared memory, one to write",

@@ -123,7 +123,8 @@ void bind_format(py::module_& module, const std::string& name) {
 }
 
 inline void bind(py::module_& module) {
-  py::class_<Device>(module, "Device")
+  // Local to the module: the emulator's and the GPU's live in one process when tests run.
+  py::class_<Device>(module, "Device", py::module_local())
       .def(py::init([](int capability, int multiprocessors, int shared_bytes, int largest_cluster,
                        bool cooperative) {
              return Device{capability, multiprocessors, shared_bytes, largest_cluster, cooperative};
@@ -134,7 +135,7 @@ inline void bind(py::module_& module) {
       .def_readonly("shared_bytes", &Device::shared_bytes)
       .def_readonly("largest_cluster", &Device::largest_cluster)
       .def_readonly("cooperative", &Device::cooperative);
-  py::class_<Plan>(module, "Plan")
+  py::class_<Plan>(module, "Plan", py::module_local())
       .def_readonly("scratch_bytes", &Plan::scratch_bytes)
       .def("as_dict", &as_dict);
   module.def("plan", &plan, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,

@@ -48,50 +48,73 @@ struct Step {
   Index in_chunk;
 };
 
+// The sums of a chunk of steps: row m is batch row m % B of step m / B of the chunk. They lie as the weights'
+// panels do, row by row within a panel: tiles add the recurrence's part to the projection's where it stands,
+// and a cell finds its gates side by side.
+template <class Element>
+struct ChunkSums {
+  using Real = SumOf<Element>;
+  Real* first;
+  Index rows;
+
+  // A line more than its rows: panels a power of two apart would evict each other from the cache.
+  static Index panel_size(Index rows) {
+    return rows * panel_width<Element> + Index(cache_line / sizeof(Real));
+  }
+  static Index size(const Columns<Element>& columns, Index rows) {
+    return columns.panels() * panel_size(rows);
+  }
+  Real* row(Piece piece, Index m) const {
+    return first + piece.panel * panel_size(rows) + m * panel_width<Element> +
+           piece.first * Vec<Real>::width;
+  }
+};
+
 // The line that holds the end of a vector; the line of its beginning came with the vector before it.
 template <class Storage>
 RNNFAST_INLINE void prefetch_vector(const Storage* from) {
   __builtin_prefetch(from + Vec<RealOf<Storage>>::width - 1, 1);
 }
 
-// The cells of one step: `operator()` finishes one vector of hidden units of row b, where sums[gate] is
-// h[t-1] W_hh^T; `prefetch` asks for the lines that it will use.
+// The cells of one step: `operator()` finishes one vector of hidden units of row b, whose sums have a vector
+// for each gate; `prefetch` asks for the lines that it will use.
 template <class Storage>
 struct LstmCells {
   using Real = RealOf<Storage>;
   Index H;
   const Real* bias;
-  Real* preactivations;  // (B, 4, H); the gates take their place if they are kept
-  bool keep_gates;
   const Real* c_prev;  // (B, H)
   Real* c;             // (B, H)
   Storage* h;          // (B, H)
+  Real* gates;         // (B, 4, H); null: not kept
 
   RNNFAST_INLINE void prefetch(Index b, Index unit) const {
-    const Real* row = preactivations + b * 4 * H + unit;
-    for (Index gate = 0; gate < 4; ++gate) prefetch_vector(row + gate * H);
-    prefetch_vector(c + b * H + unit);
-    prefetch_vector(h + b * H + unit);
+    const Index at = b * H + unit;
+    prefetch_vector(c_prev + at);
+    prefetch_vector(c + at);
+    prefetch_vector(h + at);
+    if (!gates) return;
+    for (Index gate = 0; gate < 4; ++gate) prefetch_vector(gates + (b * 4 + gate) * H + unit);
   }
 
   RNNFAST_INLINE void operator()(Index b, Index unit, Index lanes, const Real* sums) const {
     using V = Vec<Real>;
-    Real* row = preactivations + b * 4 * H + unit;
+    const Index at = b * H + unit;
     const auto preactivation = [&](Index gate) RNNFAST_LAMBDA {
-      return V::load(row + gate * H, lanes) + V::load(sums + gate * V::width) +
-             V::load(bias + gate * H + unit, lanes);
+      return V::load(sums + gate * V::width) + V::load(bias + gate * H + unit, lanes);
     };
     LstmGates<V> gate{preactivation(0), preactivation(1), preactivation(2), preactivation(3)};
     V c_new, h_new;
-    lstm_forward(gate, V::load(c_prev + b * H + unit, lanes), c_new, h_new);
-    if (keep_gates) {
-      gate.i.store(row, lanes);
-      gate.f.store(row + H, lanes);
-      gate.g.store(row + 2 * H, lanes);
-      gate.o.store(row + 3 * H, lanes);
+    lstm_forward(gate, V::load(c_prev + at, lanes), c_new, h_new);
+    if (gates) {
+      Real* kept = gates + b * 4 * H + unit;
+      gate.i.store(kept, lanes);
+      gate.f.store(kept + H, lanes);
+      gate.g.store(kept + 2 * H, lanes);
+      gate.o.store(kept + 3 * H, lanes);
     }
-    c_new.store(c + b * H + unit, lanes);
-    store(h_new, h + b * H + unit, lanes);
+    c_new.store(c + at, lanes);
+    store(h_new, h + at, lanes);
   }
 };
 
@@ -100,39 +123,30 @@ struct RnnCells {
   using Real = RealOf<Storage>;
   Index H;
   const Real* bias;
-  const Real* preactivations;  // (B, H); may be where h goes
-  Storage* h;                  // (B, H)
+  Storage* h;  // (B, H)
 
   RNNFAST_INLINE void prefetch(Index b, Index unit) const { prefetch_vector(h + b * H + unit); }
 
   RNNFAST_INLINE void operator()(Index b, Index unit, Index lanes, const Real* sums) const {
     using V = Vec<Real>;
-    const Index at = b * H + unit;
-    const V a = V::load(preactivations + at, lanes) + V::load(sums) + V::load(bias + unit, lanes);
-    store(Nonlinearity::forward(a), h + at, lanes);
+    const V a = V::load(sums) + V::load(bias + unit, lanes);
+    store(Nonlinearity::forward(a), h + b * H + unit, lanes);
   }
 };
 
-// The layer as its recurrence sees it: where pre-activations are (the projection puts them there), and the
-// cells of a step.
+// The layer as its recurrence sees it: the cells of a step.
 template <class Storage>
 struct LstmForward {
   using Real = RealOf<Storage>;
   static constexpr Index gates = 4;
   const LayerForward<Storage>& layer;
   const Real* bias;
-  Real* chunk_gates;  // (chunk, B, 4, H) where the layer does not keep its gates
 
-  static bool needs_chunk(const LayerForward<Storage>& layer) { return !layer.gates; }
-  Real* preactivations(Step at) const {
-    const Index step = 4 * layer.shape.B * layer.shape.H;
-    return layer.gates ? layer.gates + at.t * step : chunk_gates + at.in_chunk * step;
-  }
   LstmCells<Storage> cells(Step at) const {
-    const Index step = layer.shape.B * layer.shape.H;
+    const Index H = layer.shape.H, step = layer.shape.B * H;
     const Real* c_prev = at.p == 0 ? layer.c0 : layer.c ? layer.c + at.t_prev * step : layer.c_n;
     Real* c = layer.c ? layer.c + at.t * step : layer.c_n;
-    return {layer.shape.H, bias, preactivations(at), layer.gates != nullptr, c_prev, c, layer.y + at.t * step};
+    return {H, bias, c_prev, c, layer.y + at.t * step, layer.gates ? layer.gates + at.t * 4 * step : nullptr};
   }
 };
 
@@ -142,18 +156,9 @@ struct RnnForward {
   static constexpr Index gates = 1;
   const LayerForward<Storage>& layer;
   const Real* bias;
-  Real* chunk;  // (chunk, B, H) where y cannot hold them
 
-  static bool needs_chunk(const LayerForward<Storage>&) { return !std::is_same_v<Storage, Real>; }
-  Real* preactivations(Step at) const {
-    const Index step = layer.shape.B * layer.shape.H;
-    if constexpr (std::is_same_v<Storage, Real>)
-      return layer.y + at.t * step;
-    else
-      return chunk + at.in_chunk * step;
-  }
   RnnCells<Storage, Nonlinearity> cells(Step at) const {
-    return {layer.shape.H, bias, preactivations(at), layer.y + at.t * layer.shape.B * layer.shape.H};
+    return {layer.shape.H, bias, layer.y + at.t * layer.shape.B * layer.shape.H};
   }
 };
 
@@ -161,7 +166,7 @@ struct RnnForward {
 template <class Storage, class CellLayer, class Right>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& layer,
                   const CellLayer& cell_layer, const Right& w_ih, const Right& w_hh,
-                  RealOf<Storage>* buffer) {
+                  const ChunkSums<ElementOf<Storage>>& chunk) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
   constexpr Index width = Vec<Real>::width;
@@ -177,14 +182,23 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
       return layer.shape.reverse ? Step{p, T - 1 - p, T - p, p - begin}
                                  : Step{p, p, p - 1, p - begin};
     };
-    const auto input = [&](Index m) {
-      return layer.x + (step(begin + m / rows).t * B + part.rows.begin + m % rows) * I;
-    };
-    const auto preactivations = [&](Index m) {
-      return cell_layer.preactivations(step(begin + m / rows)) +
-             (part.rows.begin + m % rows) * gates * H;
-    };
-    multiply_rows<Element>(rows * (end - begin), input, w_ih, part.unit_vectors, preactivations);
+    // The projection: rows of all steps of the chunk.
+    const Index chunk_rows = rows * (end - begin), chunk_blocks = ceil_div(chunk_rows, row_block);
+    for (Index block = 0; block < chunk_blocks; ++block) {
+      const Range own = share(chunk_rows, block, chunk_blocks);
+      const Element* in[row_block];
+      Index m[row_block];
+      for (Index r = 0; r < own.size(); ++r) {
+        const Index s = (own.begin + r) / rows, b = part.rows.begin + (own.begin + r) % rows;
+        in[r] = as_elements(layer.x + (step(begin + s).t * B + b) * I);
+        m[r] = s * B + b;
+      }
+      for_each_piece(columns, part.unit_vectors, false, [&](Piece piece) {
+        Real* sums[row_block];
+        for (Index r = 0; r < own.size(); ++r) sums[r] = chunk.row(piece, m[r]);
+        w_ih.multiply(own.size(), piece, in, {sums, width, false});
+      });
+    }
 
     for (Index p = begin; p < end; ++p) {
       const Step at = step(p);
@@ -194,12 +208,11 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
         const Range own = share(rows, block, blocks);
         const Index first = part.rows.begin + own.begin;
         const Element* a[row_block];
-        Real* sums[row_block];
-        for (Index r = 0; r < own.size(); ++r) {
-          a[r] = as_elements(previous + (first + r) * H);
-          sums[r] = buffer + r * panel_width<Element>;
-        }
+        for (Index r = 0; r < own.size(); ++r) a[r] = as_elements(previous + (first + r) * H);
         for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](Piece piece) {
+          Real* sums[row_block];
+          for (Index r = 0; r < own.size(); ++r)
+            sums[r] = chunk.row(piece, at.in_chunk * B + first + r);
           const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
             for (Index v = 0; v < piece.vectors; v += gates) {
               const Index unit = columns.unit_vector(piece.panel, piece.first + v) * width;
@@ -208,7 +221,7 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
           };
           for_each_cell([&](Index r, Index, Index unit)
                             RNNFAST_LAMBDA { cells.prefetch(first + r, unit); });
-          w_hh.multiply(own.size(), piece, a, {sums, width, false});
+          w_hh.multiply(own.size(), piece, a, {sums, width, true});
           for_each_cell([&](Index r, Index v, Index unit) RNNFAST_LAMBDA {
             const Real* sum = sums[r] + v * width;
             if (H - unit >= width)
@@ -242,9 +255,8 @@ void run_forward(const LayerForward<Storage>& layer) {
   const Plan plan = plan_forward(shape, engine<Element>());
   const Index ih_count = plan.pack ? Packed<Element>::size(columns, shape.I) : 0;
   const Index hh_count = plan.pack ? Packed<Element>::size(columns, shape.H) : 0;
-  const Index buffer_count = row_block * panel_width<Element>;
-  const Index chunk_count =
-      CellLayer::needs_chunk(layer) ? plan.chunk * shape.B * columns.count() : 0;
+  const Index chunk_rows = plan.chunk * shape.B;
+  const Index chunk_count = ChunkSums<Element>::size(columns, chunk_rows);
 
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
   const auto element_bytes = [](Index count) { return Workspace::bytes_for<Element>(count); };
@@ -253,21 +265,18 @@ void run_forward(const LayerForward<Storage>& layer) {
             packed_bytes, hash_bytes);
   const std::size_t own_bytes = pack.memory() ? 0 : packed_bytes;
   Workspace& workspace =
-      Workspace::with_room(own_bytes + bytes(columns.count()) + bytes(chunk_count) +
-                           bytes(buffer_count * plan.threads));
+      Workspace::with_room(own_bytes + bytes(columns.count()) + bytes(chunk_count));
   auto* own = workspace.take<std::byte>(static_cast<Index>(own_bytes));
   std::byte* packed = pack.memory() ? pack.memory() : own;
   auto* packed_ih = reinterpret_cast<Element*>(packed);
   auto* packed_hh = reinterpret_cast<Element*>(packed + element_bytes(ih_count));
   Real* bias = workspace.take<Real>(columns.count());
-  Real* chunk_preactivations = workspace.take<Real>(chunk_count);
-  Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
+  const ChunkSums<Element> chunk{workspace.take<Real>(chunk_count), chunk_rows};
   add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
 
   auto body = [&](Team& team) {
     const auto part = [&](const auto& w_ih, const auto& w_hh) {
-      forward_part(team, plan, layer, CellLayer{layer, bias, chunk_preactivations}, w_ih, w_hh,
-                   buffers + team.rank * buffer_count);
+      forward_part(team, plan, layer, CellLayer{layer, bias}, w_ih, w_hh, chunk);
     };
     if (!plan.pack) {
       using Right = UnpackedColumns<Element>;

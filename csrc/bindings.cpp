@@ -48,12 +48,14 @@ Cell cell_named(std::string_view name) {
 template <class Storage>
 void layer_forward(std::string_view cell, Index T, Index B, Index I, Index H, bool reverse, int threads,
                    Address x, Address w_ih, Address w_hh, Address b_ih, Address b_hh, Address h0,
-                   Address c0, Address y, Address h_n, Address c_n, Address c, Address gates) {
+                   Address c0, Address y, Address h_n, Address c_n, Address c, Address gates,
+                   bool halve_w_hh) {
   using Real = RealOf<Storage>;
   const LayerForward<Storage> layer{
       {cell_named(cell), T, B, I, H, reverse, threads},
       at<Storage>(x),  at<Storage>(w_ih), at<Storage>(w_hh), at<Storage>(b_ih), at<Storage>(b_hh), at<Storage>(h0),
-      at<Real>(c0), at<Storage>(y),    at<Storage>(h_n),  at<Real>(c_n),  at<Real>(c),    at<Real>(gates)};
+      at<Real>(c0), at<Storage>(y),    at<Storage>(h_n),  at<Real>(c_n),  at<Real>(c),    at<Real>(gates),
+      halve_w_hh};
   require(check(layer));
   cpu::kernels().of<Storage>().forward(layer);
 }

@@ -64,6 +64,8 @@ struct LayerForward {
   Real* c_n;     // output  (B, H)          LSTM only, else null
   Real* c;       // saved   (T, B, H)       LSTM: cell state of every step; null: not kept
   Real* gates;   // saved   (T, B, 4, H)    LSTM: i, f, g, o after their nonlinearities; null: not kept
+
+  bool halve_w_hh;  // float only: use w_hh rounded to bfloat16, and keep it so: half the bytes a step
 };
 
 // One layer, one direction, backward, truncated or not.

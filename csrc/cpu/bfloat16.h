@@ -56,6 +56,11 @@ constexpr Index elements_in(Index count) {
   return (count + terms_in<Element> - 1) / terms_in<Element>;
 }
 
+// Weights may be kept as pairs and multiplied by floats, each term of a pair in turn: half the bytes of the
+// same product. So many elements of the left side meet one of the weights.
+template <class Element, class Weight>
+constexpr Index parts_of = terms_in<Weight> / terms_in<Element>;
+
 // A row of numbers as a row of elements, and back. Of an odd row the last pair's second half is not there.
 template <class Storage>
 RNNFAST_INLINE const ElementOf<Storage>* as_elements(const Storage* row) {
@@ -158,6 +163,33 @@ RNNFAST_INLINE Vec<Pair> load_across(const BFloat16* row, const BFloat16* second
   return Register<Pair>::Native(second ? low | FloatBits(load(second, n).v) : low);
 }
 
+// Elements made of the first n numbers of a row, rounded if need be, with zeros behind.
+template <class Element>
+RNNFAST_INLINE Vec<Element> load_rounded(const StorageOf<Element>* from, Index n) {
+  return load_along(from, n);
+}
+template <class Element, class = std::enable_if_t<std::is_same_v<Element, Pair>>>
+RNNFAST_INLINE Vec<Pair> load_rounded(const float* from, Index n) {
+  constexpr Index width = Vec<float>::width;
+  BFloat16 halves[2 * width] = {};
+  store(load(from, n), halves, width);
+  if (n > width) store(load(from + width, n - width), halves + width, width);
+  return load_along(halves, 2 * width);
+}
+
+// The first n numbers of a row as they are, or as they are kept where weights are pairs.
+template <class Weight, class Real>
+RNNFAST_INLINE Vec<Real> load_as_kept(const Real* from, Index n) {
+  if constexpr (parts_of<Real, Weight> == 2)
+    return widened(rounded(Vec<Real>::load(from, n)));
+  else
+    return Vec<Real>::load(from, n);
+}
+template <class Weight>
+RNNFAST_INLINE Vec<Pair> load_as_kept(const BFloat16* from, Index n) {
+  return load_along(from, n);
+}
+
 // The first n lanes of a vector of elements, with zeros behind; and the way back.
 template <class Real>
 RNNFAST_INLINE Vec<Real> load_elements(const Real* from, Index n) {
@@ -184,6 +216,15 @@ RNNFAST_INLINE Vec<Pair> broadcast(const Pair* from) {
   std::int32_t bits;
   __builtin_memcpy(&bits, from, sizeof bits);
   return bits - Register<Pair>::Native{};
+}
+
+// The factors that elements of the left side meet in a vector of weights: all of it, or one term of each pair.
+template <class Element, class Weight>
+RNNFAST_INLINE Vec<Element> factors(Vec<Weight> weights, Index part) {
+  if constexpr (std::is_same_v<Element, Weight>)
+    return weights;
+  else
+    return Register<float>::Native(part == 0 ? FloatBits(weights.v) << 16 : FloatBits(weights.v) & 0xffff0000u);
 }
 
 // sum + a * b, for every element; of a pair both products.

@@ -4,6 +4,10 @@
 // still in cache when the recurrence reads them. A thread projects exactly the rows, or the hidden units,
 // whose recurrence it computes, so the only hand-over between threads is h, once a step, and there is
 // none where threads own batch rows. Packed weights are kept for the next call (packs.h).
+//
+// With few rows a step is bound by reading W_hh from cache, and halving its bytes helps: a float layer may
+// have it rounded to bfloat16. The sums are those of the same layer with such weights, to the last bit where H
+// is even.
 #pragma once
 
 #include "../dispatch.h"
@@ -162,10 +166,10 @@ struct RnnForward {
   }
 };
 
-// One thread's part of the whole layer; Right is how the weights are laid out.
-template <class Storage, class CellLayer, class Right>
+// One thread's part of the whole layer; Input and Hidden are how the weights are laid out.
+template <class Storage, class CellLayer, class Input, class Hidden>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& layer,
-                  const CellLayer& cell_layer, const Right& w_ih, const Right& w_hh,
+                  const CellLayer& cell_layer, const Input& w_ih, const Hidden& w_hh,
                   const ChunkSums<ElementOf<Storage>>& chunk) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
@@ -245,7 +249,8 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
   }
 }
 
-template <class CellLayer, class Storage>
+// Weight is what W_hh is kept as.
+template <class CellLayer, class Weight, class Storage>
 void run_forward(const LayerForward<Storage>& layer) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
@@ -254,14 +259,15 @@ void run_forward(const LayerForward<Storage>& layer) {
   const Columns<Element> columns{shape.H, gates};
   const Plan plan = plan_forward(shape, engine<Element>());
   const Index ih_count = plan.pack ? Packed<Element>::size(columns, shape.I) : 0;
-  const Index hh_count = plan.pack ? Packed<Element>::size(columns, shape.H) : 0;
+  const Index hh_count = plan.pack ? Packed<Element, Weight>::size(columns, shape.H) : 0;
   const Index chunk_rows = plan.chunk * shape.B;
   const Index chunk_count = ChunkSums<Element>::size(columns, chunk_rows);
 
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
   const auto element_bytes = [](Index count) { return Workspace::bytes_for<Element>(count); };
-  const std::size_t packed_bytes = element_bytes(ih_count) + element_bytes(hh_count);
-  Pack pack({layer.w_ih, layer.w_hh, shape.I, shape.H, gates, Vec<Element>::width, sizeof(Storage)},
+  const std::size_t packed_bytes = element_bytes(ih_count) + Workspace::bytes_for<Weight>(hh_count);
+  Pack pack({layer.w_ih, layer.w_hh, shape.I, shape.H, gates, Vec<Element>::width, sizeof(Storage),
+             parts_of<Element, Weight> == 2},
             packed_bytes, hash_bytes);
   const std::size_t own_bytes = pack.memory() ? 0 : packed_bytes;
   Workspace& workspace =
@@ -269,7 +275,7 @@ void run_forward(const LayerForward<Storage>& layer) {
   auto* own = workspace.take<std::byte>(static_cast<Index>(own_bytes));
   std::byte* packed = pack.memory() ? pack.memory() : own;
   auto* packed_ih = reinterpret_cast<Element*>(packed);
-  auto* packed_hh = reinterpret_cast<Element*>(packed + element_bytes(ih_count));
+  auto* packed_hh = reinterpret_cast<Weight*>(packed + element_bytes(ih_count));
   Real* bias = workspace.take<Real>(columns.count());
   const ChunkSums<Element> chunk{workspace.take<Real>(chunk_count), chunk_rows};
   add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
@@ -278,17 +284,15 @@ void run_forward(const LayerForward<Storage>& layer) {
     const auto part = [&](const auto& w_ih, const auto& w_hh) {
       forward_part(team, plan, layer, CellLayer{layer, bias}, w_ih, w_hh, chunk);
     };
-    if (!plan.pack) {
-      using Right = UnpackedColumns<Element>;
-      return part(Right{columns, shape.I, layer.w_ih}, Right{columns, shape.H, layer.w_hh});
-    }
+    if (!plan.pack)
+      return part(UnpackedColumns<Element>{columns, shape.I, layer.w_ih},
+                  UnpackedColumns<Element, Weight>{columns, shape.H, layer.w_hh});
     pack.refresh(team, [&] {
       const Range panels = team.share(columns.panels());
       pack_columns(columns, panels, shape.I, layer.w_ih, packed_ih);
       pack_columns(columns, panels, shape.H, layer.w_hh, packed_hh);
     });
-    using Right = Packed<Element>;
-    part(Right{columns, shape.I, packed_ih}, Right{columns, shape.H, packed_hh});
+    part(Packed<Element>{columns, shape.I, packed_ih}, Packed<Element, Weight>{columns, shape.H, packed_hh});
   };
   run_team(plan.threads, body);
   pack.settle();
@@ -298,9 +302,15 @@ void run_forward(const LayerForward<Storage>& layer) {
 template <class Storage>
 void layer_forward(const LayerForward<Storage>& layer) {
   if (layer.shape.T == 0 || layer.shape.B == 0) return;
-  if (layer.shape.cell == Cell::lstm) return run_forward<LstmForward<Storage>>(layer);
-  with_rnn_cell(layer.shape.cell,
-                [&](auto cell) { run_forward<RnnForward<Storage, decltype(cell)>>(layer); });
+  const auto run = [&](auto weight) {
+    using Weight = decltype(weight);
+    if (layer.shape.cell == Cell::lstm) return run_forward<LstmForward<Storage>, Weight>(layer);
+    with_rnn_cell(layer.shape.cell,
+                  [&](auto cell) { run_forward<RnnForward<Storage, decltype(cell)>, Weight>(layer); });
+  };
+  if constexpr (std::is_same_v<Storage, float>)
+    if (layer.halve_w_hh) return run(Pair{});
+  run(ElementOf<Storage>{});
 }
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

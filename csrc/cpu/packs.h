@@ -34,6 +34,7 @@ struct PackKey {
   const void *w_ih, *w_hh;
   Index I, H, gates;
   Index vector_width, real_bytes;
+  bool halved_hh;  // w_hh is kept as bfloat16
 
   bool operator==(const PackKey& other) const;
 };

@@ -101,19 +101,20 @@ RNNFAST_INLINE void transpose_square(Vec<Element>* rows) {
 
 // to[c * to_stride + r] = element c of from(r), a row of `count` numbers. Rows are padded with zeros up to
 // whole vectors of `to`.
-template <class Element, class RowOf>
-void transpose(Index rows, Index count, RowOf&& from, Element* to, Index to_stride) {
-  using V = Vec<Element>;
-  constexpr Index width = V::width, terms = terms_in<Element>;
-  const Index columns = elements_in<Element>(count);
+template <class Weight, class RowOf>
+void transpose(Index rows, Index count, RowOf&& from, Weight* to, Index to_stride) {
+  using V = Vec<Weight>;
+  constexpr int width = V::width;
+  constexpr Index terms = terms_in<Weight>;
+  const Index columns = elements_in<Weight>(count);
   for (Index r = 0; r < rows; r += width) {
     for (Index c = 0; c < columns; c += width) {
-      const Index wide = std::min(width, columns - c);
+      const Index wide = std::min<Index>(width, columns - c);
       V square[width];
       for (Index i = 0; i < width; ++i)
-        square[i] = r + i < rows ? load_along(from(r + i) + c * terms, count - c * terms)
+        square[i] = r + i < rows ? load_rounded<Weight>(from(r + i) + c * terms, count - c * terms)
                                  : V(typename V::Native{});
-      transpose_square<Element>(square);
+      transpose_square<Weight>(square);
       for (Index i = 0; i < wide; ++i) square[i].store(to + (c + i) * to_stride + r);
     }
   }
@@ -121,18 +122,16 @@ void transpose(Index rows, Index count, RowOf&& from, Element* to, Index to_stri
 
 // Packs panels [which.begin, which.end) of a matrix stored one row per column, as weights are:
 // element (k, column) is from[column * k_count + k].
-template <class Element>
-void pack_columns(const Columns<Element>& columns, Range which, Index k_count,
-                  const StorageOf<Element>* from, Element* to) {
-  const Index panel_size = elements_in<Element>(k_count) * panel_width<Element>;
+template <class Element, class Number, class Weight>
+void pack_columns(const Columns<Element>& columns, Range which, Index k_count, const Number* from, Weight* to) {
+  const Index panel_size = elements_in<Weight>(k_count) * panel_width<Weight>;
   for (Index panel = which.begin; panel < which.end; ++panel) {
     for (Index v = 0; v < tile_vectors; ++v) {
-      Element* vector = to + panel * panel_size + v * Vec<Element>::width;
-      const StorageOf<Element>* first = from + columns.column(panel, v) * k_count;
+      Weight* vector = to + panel * panel_size + v * Vec<Weight>::width;
+      const Number* first = from + columns.column(panel, v) * k_count;
       const Index lanes = columns.lanes(panel, v);
       if (lanes > 0)
-        transpose<Element>(lanes, k_count, [&](Index r) { return first + r * k_count; }, vector,
-                        panel_width<Element>);
+        transpose(lanes, k_count, [&](Index r) { return first + r * k_count; }, vector, panel_width<Weight>);
     }
   }
 }
@@ -174,39 +173,47 @@ void pack_rows(const Columns<Element>& columns, Range which, Index k_count, RowO
 }
 
 // The right-hand side of a product, as panels: c = a . right, summed over `k_count` terms.
-template <class Element>
+template <class Element, class Weight = Element>
 struct Packed {
   Columns<Element> columns;
   Index k_count;
-  const Element* panels;
+  const Weight* panels;
 
-  // Elements of the panels of such a matrix.
+  // Weights in the panels of such a matrix.
   static Index size(const Columns<Element>& columns, Index k_count) {
-    return columns.panels() * elements_in<Element>(k_count) * panel_width<Element>;
+    return columns.panels() * panel_size(k_count);
   }
 
   // The product of `rows` rows with one piece.
   void multiply(Index rows, Piece piece, const Element* const* a, TileTarget<SumOf<Element>> c) const {
-    const Index whole = k_count / terms_in<Element>;
-    const Element* first = panels + piece.panel * elements_in<Element>(k_count) * panel_width<Element> +
-                           piece.first * Vec<Element>::width;
-    cpu::RNNFAST_ISA::multiply<Element>(rows, piece.vectors, whole, a, {first, panel_width<Element>}, c);
-    if constexpr (terms_in<Element> == 2)
-      if (k_count % 2) add_last(rows, piece.vectors, whole, a, first + whole * panel_width<Element>, c);
+    const Index whole = k_count / terms_in<Weight>;
+    const Panel<Weight> panel{panels + piece.panel * panel_size(k_count) + piece.first * Vec<Weight>::width,
+                              panel_width<Weight>};
+    cpu::RNNFAST_ISA::multiply(rows, piece.vectors, whole, a, panel, c);
+    if constexpr (terms_in<Weight> == 2)
+      if (k_count % 2) add_last(rows, piece.vectors, whole, a, panel, c);
   }
 
  private:
+  static Index panel_size(Index k_count) { return elements_in<Weight>(k_count) * panel_width<Weight>; }
+
   // The term without a partner: what stands behind it in the row is not part of the sum, and may be NaN.
-  static void add_last(Index rows, Index vectors, Index k, const Element* const* a, const Element* panel,
+  static void add_last(Index rows, Index vectors, Index k, const Element* const* a, Panel<Weight> panel,
                        TileTarget<SumOf<Element>> c) {
-    Element last[row_block];
+    constexpr Index parts = parts_of<Element, Weight>;
+    Element last[row_block][parts];
     const Element* row[row_block];
     for (Index r = 0; r < rows; ++r) {
-      last[r] = {*as_numbers(a[r] + k), {0}};
-      row[r] = &last[r];
+      if constexpr (parts == 2) {
+        last[r][0] = a[r][k * parts];
+        last[r][1] = Element(0);
+      } else {
+        last[r][0] = {*as_numbers(a[r] + k), {0}};
+      }
+      row[r] = last[r];
     }
     c.accumulate = true;
-    cpu::RNNFAST_ISA::multiply<Element>(rows, vectors, 1, row, {panel, panel_width<Element>}, c);
+    cpu::RNNFAST_ISA::multiply(rows, vectors, 1, row, Panel<Weight>{panel.first + k * panel.stride, panel.stride}, c);
   }
 };
 

@@ -6,6 +6,8 @@
 // broadcasts. With 6 x 4 that is 24 FMAs on 10 loads, so two FMA ports stay fed by two load ports.
 // Each element is summed over k in order, whatever the tile's size: how work is cut into tiles, and
 // so how many threads share it, never changes a result.
+//
+// `Element` is what the left side is made of, and the panel too, unless its weights are kept as pairs.
 #pragma once
 
 #include <array>
@@ -24,9 +26,9 @@ struct TileTarget {
 };
 
 // Vectors side by side for k = 0, 1, ..., `stride` elements from one k to the next.
-template <class Element>
+template <class Weight>
 struct Panel {
-  const Element* first;
+  const Weight* first;
   Index stride;
 };
 
@@ -37,28 +39,29 @@ struct Left {
   Index stride;
 };
 
-// Elements k of the sum; the rows of the left side and the panel both begin at k = 0.
+// Elements k of the panel; it and the rows of the left side both begin at k = 0.
 struct Terms {
   Index begin, end;
 };
 
-template <class Element>
-using TileKernel = void (*)(Terms k, Left<Element> a, Panel<Element> panel, TileTarget<SumOf<Element>> c);
+template <class Element, class Weight = Element>
+using TileKernel = void (*)(Terms k, Left<Element> a, Panel<Weight> panel, TileTarget<SumOf<Element>> c);
 
 // Tall tiles have issue slots to spare: they ask for the panel this many k ahead of its use, for panels that
 // come from the L3 cache. Short ones load so often that the processor's own prefetching does better.
 constexpr Index prefetch_terms = 32;
 constexpr int prefetch_rows = 5;
 
-template <class Element, int rows, int vectors>
-void tile(Terms k, Left<Element> a, Panel<Element> panel, TileTarget<SumOf<Element>> c) {
+template <class Element, class Weight, int rows, int vectors>
+void tile(Terms k, Left<Element> a, Panel<Weight> panel, TileTarget<SumOf<Element>> c) {
+  constexpr Index parts = parts_of<Element, Weight>;
   using Real = SumOf<Element>;
   using V = Vec<Real>;
   V sum[rows][vectors];
   const Element* row[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
-    row[r] = a.row[r] + k.begin * a.stride;
+    row[r] = a.row[r] + k.begin * parts * a.stride;
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       sum[r][v] = V(Real(0));
@@ -66,21 +69,24 @@ void tile(Terms k, Left<Element> a, Panel<Element> panel, TileTarget<SumOf<Eleme
       if (c.accumulate) __builtin_prefetch(c.row[r] + v * c.vector_stride, 1);
     }
   }
-  const Element* from = panel.first + k.begin * panel.stride;
+  const Weight* from = panel.first + k.begin * panel.stride;
   Index at = 0;
-  for (Index i = k.begin; i < k.end; ++i, at += a.stride, from += panel.stride) {
-    Vec<Element> b[vectors];
+  for (Index i = k.begin; i < k.end; ++i, from += panel.stride) {
+#pragma GCC unroll 2
+    for (Index part = 0; part < parts; ++part, at += a.stride) {
+      Vec<Element> b[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      b[v] = Vec<Element>::load(from + v * V::width);
-      if constexpr (rows >= prefetch_rows)
-        __builtin_prefetch(from + prefetch_terms * panel.stride + v * V::width);
-    }
+      for (int v = 0; v < vectors; ++v) {
+        b[v] = factors<Element>(Vec<Weight>::load(from + v * V::width), part);
+        if (rows >= prefetch_rows && part == 0)
+          __builtin_prefetch(from + prefetch_terms * panel.stride + v * V::width);
+      }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const Vec<Element> factor = broadcast(row[r] + at);
+      for (int r = 0; r < rows; ++r) {
+        const Vec<Element> factor = broadcast(row[r] + at);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(factor, b[v], sum[r][v]);
+        for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(factor, b[v], sum[r][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -94,20 +100,21 @@ void tile(Terms k, Left<Element> a, Panel<Element> panel, TileTarget<SumOf<Eleme
 }
 
 // Every size of tile, found by [rows - 1][vectors - 1].
-template <class Element, int row, int... vector>
+template <class Element, class Weight, int row, int... vector>
 constexpr auto tile_row(std::integer_sequence<int, vector...>) {
-  return std::array<TileKernel<Element>, tile_vectors>{tile<Element, row + 1, vector + 1>...};
+  return std::array<TileKernel<Element, Weight>, tile_vectors>{tile<Element, Weight, row + 1, vector + 1>...};
 }
-template <class Element, int... row>
+template <class Element, class Weight, int... row>
 constexpr auto tile_table(std::integer_sequence<int, row...>) {
-  return std::array<std::array<TileKernel<Element>, tile_vectors>, tile_rows>{
-      tile_row<Element, row>(std::make_integer_sequence<int, tile_vectors>())...};
+  return std::array<std::array<TileKernel<Element, Weight>, tile_vectors>, tile_rows>{
+      tile_row<Element, Weight, row>(std::make_integer_sequence<int, tile_vectors>())...};
 }
-template <class Element>
-inline constexpr auto tiles = tile_table<Element>(std::make_integer_sequence<int, tile_rows>());
+template <class Element, class Weight = Element>
+inline constexpr auto tiles = tile_table<Element, Weight>(std::make_integer_sequence<int, tile_rows>());
 
-// Sums over k are cut into pieces of this many terms, so that all rows pass over a panel's piece before it
-// leaves the caches next to the core. A constant, because where the cuts are decides how sums are rounded.
+// Sums over k are cut into pieces of this many elements of the left side, so that all rows pass over a panel's
+// piece before it leaves the caches next to the core. A constant, because where the cuts are decides how sums are
+// rounded.
 template <class Element>
 constexpr Index k_block = 1024 / sizeof(Element);
 
@@ -115,17 +122,21 @@ constexpr Index k_block = 1024 / sizeof(Element);
 constexpr Index row_block = 128;
 
 // C[0..rows)[0..vectors) (+)= a[0..rows)[0..k) . panel, for rows <= row_block and any k.
-template <class Element>
-void multiply(Index rows, Index vectors, Index k, const Element* const* a, Panel<Element> panel,
+template <class Element, class Weight>
+void multiply(Index rows, Index vectors, Index k, const Element* const* a, Panel<Weight> panel,
               TileTarget<SumOf<Element>> c) {
+  constexpr Index block = k_block<Element> / parts_of<Element, Weight>;
   const Index groups = (rows + tile_rows - 1) / tile_rows;
+  const Index least = rows / groups, larger = rows % groups;  // the first groups have a row more
   Terms terms{0, 0};
   do {  // at least once: an empty sum is still written
-    terms = {terms.end, k - terms.end < k_block<Element> ? k : terms.end + k_block<Element>};
+    terms = {terms.end, k - terms.end < block ? k : terms.end + block};
+    Index first = 0;
     for (Index group = 0; group < groups; ++group) {
-      const Index first = group * rows / groups, last = (group + 1) * rows / groups;
-      tiles<Element>[last - first - 1][vectors - 1](
+      const Index count = least + (group < larger ? 1 : 0);
+      tiles<Element, Weight>[count - 1][vectors - 1](
           terms, {a + first, 1}, panel, {c.row + first, c.vector_stride, c.accumulate || terms.begin > 0});
+      first += count;
     }
   } while (terms.end < k);
 }

@@ -7,9 +7,9 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// A matrix stored one row per column, as weights are going forward. Vectors run along k, so each column
+// A matrix stored one row per column, as weights are going forward; what would be kept as pairs is rounded alike. Vectors run along k, so each column
 // is a sum of its lanes in the end: `width` columns together, by one transposition.
-template <class Element>
+template <class Element, class Weight = Element>
 struct UnpackedColumns {
   Columns<Element> columns;
   Index k_count;
@@ -50,7 +50,7 @@ struct UnpackedColumns {
         const Vec<Element> factor = load_along(a + k, terms);
 #pragma GCC unroll 8
         for (int i = 0; i < streams; ++i)
-          sum[lane + i] = multiply_add(factor, load_along(row[i] + k, terms), sum[lane + i]);
+          sum[lane + i] = multiply_add(factor, load_as_kept<Weight>(row[i] + k, terms), sum[lane + i]);
       };
       constexpr Index whole = V::width * terms_in<Element>;
       Index k = 0;
@@ -90,9 +90,8 @@ struct UnpackedRows {
         is_whole(piece.panel)
             ? Panel<Real>{weights + piece.panel * panel_width<Real>, columns.units}
             : Panel<Real>{last_panel, panel_width<Real>};
-    cpu::RNNFAST_ISA::multiply<Real>(
-        rows, piece.vectors, k_count, a,
-        {panel.first + piece.first * Vec<Real>::width, panel.stride}, c);
+    const Panel<Real> from{panel.first + piece.first * Vec<Real>::width, panel.stride};
+    cpu::RNNFAST_ISA::multiply(rows, piece.vectors, k_count, a, from, c);
   }
 };
 

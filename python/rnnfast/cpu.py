@@ -65,7 +65,7 @@ def forward(
         cell, T, B, I, H, reverse, torch.get_num_threads(),
         x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh),
         h0.data_ptr(), _address(c0),
-        y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), _address(gates),
+        y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), _address(gates), False,
     )  # fmt: skip
     return y, h_n, c_n, c, gates
 

@@ -22,13 +22,19 @@ struct LstmGates {
   V i, f, g, o;
 };
 
-// In: pre-activations a. Out: the gates in their place, the new cell state c and hidden state h.
+// In: pre-activations a. Out: the gates in their place.
 template <class V>
-RNNFAST_CELL void lstm_forward(LstmGates<V>& a, V c_prev, V& c, V& h) {
+RNNFAST_CELL void lstm_gates(LstmGates<V>& a) {
   a.i = sigmoid(a.i);
   a.f = sigmoid(a.f);
   a.g = tanh(a.g);
   a.o = sigmoid(a.o);
+}
+
+// In: pre-activations a. Out: the gates in their place, the new cell state c and hidden state h.
+template <class V>
+RNNFAST_CELL void lstm_forward(LstmGates<V>& a, V c_prev, V& c, V& h) {
+  lstm_gates(a);
   c = fma(a.f, c_prev, a.i * a.g);
   h = a.o * tanh(c);
 }

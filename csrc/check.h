@@ -60,7 +60,7 @@ Status check(const LayerBackward<Storage>& layer) {
   if (empty) return Status::ok;
   if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y)
     return Status::missing_argument;
-  if (lstm && (!layer.c0 || !layer.c || !layer.gates)) return Status::missing_argument;
+  if (lstm && (!layer.c0 || !layer.c)) return Status::missing_argument;
   if (layer.k1 < shape.T && !layer.da) return Status::missing_argument;
   if (layer.k2 > layer.k1) {
     constexpr bool rounds = !std::is_same_v<Storage, RealOf<Storage>>;

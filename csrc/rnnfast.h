@@ -89,11 +89,13 @@ struct LayerBackward {
   const Storage* x;     // input  (T, B, I)
   const Storage* w_ih;  // input  (G*H, I)
   const Storage* w_hh;  // input  (G*H, H)
+  const Storage* b_ih;  // input  (G*H)        read only where gates are computed again; may be null: zero
+  const Storage* b_hh;  // input  (G*H)        likewise
   const Storage* h0;    // input  (B, H)
   const Real* c0;       // input  (B, H)       LSTM only, else null
   const Storage* y;     // saved  (T, B, H)    as the forward pass left it
   const Real* c;        // saved  (T, B, H)    LSTM only, else null
-  const Real* gates;    // saved  (T, B, 4, H) LSTM only, else null
+  const Real* gates;    // saved  (T, B, 4, H) LSTM only, else null; null: computed again, from x and y
 
   Storage* dx;     // output  (T, B, I)     may be null: not wanted
   Storage* dw_ih;  // output  (G*H, I)      may be null: not wanted

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def by_layers(
-    layers: Layers, case: Case, dtype: torch.dtype, device: str = "cpu"
+    layers: Layers, case: Case, dtype: torch.dtype, device: str = "cpu", keep: str = "all"
 ) -> dict[str, Tensor]:
     """Outputs and gradients by name, as `one_layer.by_operator` gives them."""
     inputs = {name: value.to(device) for name, value in case.inputs(dtype).items()}
@@ -20,12 +20,13 @@ def by_layers(
     options, wants = (case.reverse, k1, k2), (True,) * 4
     x, h0, c0 = inputs["x"], inputs["h0"], inputs.get("c0")
     if case.cell == "lstm":
-        y, h_n, c_n, c, gates = layers.lstm_layer(x, h0, c0, *weights, *biases, *options, True)
+        y, h_n, c_n, c, gates = layers.lstm_layer(x, h0, c0, *weights, *biases, *options, keep)
         dc = upstream.get("c")
         upstream["c"] = dc if dc is None else dc.to(c.dtype)
         dx, dh0, dc0, *dw = layers.lstm_layer_backward(
             *map(upstream.get, ("y", "h_n", "c_n", "c")),
-            *(x, h0, c0, *weights, y, c, gates, *options, *wants),
+            *(x, h0, c0, *weights, y, c, gates if keep == "all" else None, *options, *wants),
+            *(() if keep == "all" else biases),
         )
         results = {
             "y": y,

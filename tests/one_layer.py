@@ -105,7 +105,7 @@ def laid_out(value: Tensor, layout: str, name: str = "") -> Tensor:
     return value
 
 
-def run_operator(case: Case, inputs: dict[str, Tensor], save: bool = True) -> dict[str, Tensor]:
+def run_operator(case: Case, inputs: dict[str, Tensor], keep: str = "all") -> dict[str, Tensor]:
     """The outputs by name; LSTM gates left out."""
     k1, k2 = case.truncate or (0, 0)
     weights = [inputs["w_ih"], inputs["w_hh"], inputs.get("b_ih"), inputs.get("b_hh")]
@@ -113,16 +113,18 @@ def run_operator(case: Case, inputs: dict[str, Tensor], save: bool = True) -> di
         # With bfloat16 whatever belongs to the cell is float32.
         states = [inputs["h0"], inputs["c0"].to(accumulator(inputs["x"].dtype))]
         y, h_n, c_n, c, _ = ops.lstm_layer(
-            inputs["x"], *states, *weights, case.reverse, k1, k2, save
+            inputs["x"], *states, *weights, case.reverse, k1, k2, keep
         )
         return {"y": y, "h_n": h_n, "c_n": c_n, "c": c}
     y, h_n = ops.rnn_layer(inputs["x"], inputs["h0"], *weights, case.cell, case.reverse, k1, k2)
     return {"y": y, "h_n": h_n}
 
 
-def by_operator(case: Case, dtype: torch.dtype, want: list[str] | None = None) -> dict[str, Tensor]:
+def by_operator(
+    case: Case, dtype: torch.dtype, want: list[str] | None = None, keep: str = "all"
+) -> dict[str, Tensor]:
     """Every output, and the gradient "d..." of every input (or of those in `want`)."""
-    return differentiate(case, case.inputs(dtype), case.cotangents(dtype), want)
+    return differentiate(case, case.inputs(dtype), case.cotangents(dtype), want, keep)
 
 
 def differentiate(
@@ -130,11 +132,12 @@ def differentiate(
     inputs: dict[str, Tensor],
     cotangents: dict[str, Tensor],
     want: list[str] | None = None,
+    keep: str = "all",
 ) -> dict[str, Tensor]:
     """As `by_operator`, on inputs and gradients of the outputs that are there already."""
     want = list(inputs) if want is None else want
     inputs = {name: v.detach().requires_grad_(name in want) for name, v in inputs.items()}
-    outputs = run_operator(case, inputs)
+    outputs = run_operator(case, inputs, keep)
     gradients = torch.autograd.grad(
         [outputs[name] for name in cotangents],
         [inputs[name] for name in want],

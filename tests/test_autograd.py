@@ -10,6 +10,7 @@ import rnnfast
 import torch
 from one_layer import Case, by_operator, run_operator
 from rnnfast import functional, ops
+from rnnfast.cpu import KEEP
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -90,7 +91,7 @@ def test_what_is_not_wanted_is_not_computed():
     states = (i["h0"], i["c0"])
     weights = (i["w_ih"], i["w_hh"])
     y, _, _, c, gates = ops.lstm_layer(
-        i["x"], *states, *weights, i["b_ih"], i["b_hh"], False, 0, 0, True
+        i["x"], *states, *weights, i["b_ih"], i["b_hh"], False, 0, 0, "all"
     )
     for wants in itertools.product((False, True), repeat=4):
         gradients = torch.ops.rnnfast.lstm_layer_backward(
@@ -144,14 +145,14 @@ def test_nothing_requires_grad_nothing_is_recorded():
 
 def test_gates_are_not_differentiable():
     inputs = list(leaves(Case("lstm", *SMALL)).values())
-    gates = ops.lstm_layer(*inputs, False, 0, 0, True)[4]
+    gates = ops.lstm_layer(*inputs, False, 0, 0, "all")[4]
     assert not gates.requires_grad
 
 
 def test_what_was_not_kept_can_not_be_differentiated():
     inputs = list(leaves(Case("lstm", *SMALL)).values())
-    y = ops.lstm_layer(*inputs, False, 0, 0, False)[0]
-    with pytest.raises(RuntimeError, match="save=False"):
+    y = ops.lstm_layer(*inputs, False, 0, 0, "nothing")[0]
+    with pytest.raises(RuntimeError, match="keep='nothing'"):
         y.sum().backward()
 
 
@@ -222,13 +223,16 @@ def operator_calls(requires_grad):
         detached = [v.detach() for v in head]
         wants = (True, biases == "both", False, biases == "both")
         if cell == "lstm":
-            for save in (True, False) if not requires_grad else (True,):
-                yield torch.ops.rnnfast.lstm_layer.default, (*head, *bias, case.reverse, *k, save)
-            y, _, _, c, gates = ops.lstm_layer(*detached, None, None, case.reverse, *k, True)
+            for keep in ("all", "cells", "nothing")[: 2 if requires_grad else 3]:
+                yield torch.ops.rnnfast.lstm_layer.default, (*head, *bias, case.reverse, *k, keep)
+            y, _, _, c, gates = ops.lstm_layer(*detached, None, None, case.reverse, *k, "all")
             tail = (*detached, y, c, gates, case.reverse, *k, *wants)
+            biases = (b if b is None else b.detach() for b in bias)
+            lean = (*detached, y, c, None, case.reverse, *k, *wants, *biases)
             backward = torch.ops.rnnfast.lstm_layer_backward.default
             yield backward, (y, None, None, c, *tail)
             yield backward, (None, y[0], y[0], None, *tail)
+            yield backward, (y, None, None, c, *lean)
         else:
             yield torch.ops.rnnfast.rnn_layer.default, (*head, *bias, cell, case.reverse, *k)
             y, _ = ops.rnn_layer(*detached, None, None, cell, case.reverse, *k)
@@ -254,9 +258,9 @@ def test_fake_kernels_give_the_shapes_of_real_ones(cell, sizes):
         assert fake[name].device.type == "meta"
     if cell == "lstm":
         given = list(inputs.values())
-        for save in (True, False):
-            kept = ops.lstm_layer(*given, False, 0, 0, save)[3:]
-            shapes = ops.lstm_layer(*(v.to("meta") for v in given), False, 0, 0, save)[3:]
+        for keep in KEEP:
+            kept = ops.lstm_layer(*given, False, 0, 0, keep)[3:]
+            shapes = ops.lstm_layer(*(v.to("meta") for v in given), False, 0, 0, keep)[3:]
             assert [v.shape for v in kept] == [v.shape for v in shapes]
 
 
@@ -266,6 +270,7 @@ MODULES = [
     (rnnfast.LSTM, {"num_layers": 2}),
     (rnnfast.RNN, {"bidirectional": True, "nonlinearity": "relu"}),
     (rnnfast.LSTM, {"truncate": (2, 3)}),
+    (rnnfast.LSTM, {"memory": "low"}),
 ]
 
 

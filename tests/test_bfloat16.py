@@ -20,6 +20,7 @@ from one_layer import (
     run_operator,
 )
 from rnnfast import LSTM, RNN, LSTMCell, RNNCell, functional, ops
+from rnnfast.cpu import KEEP
 from tolerance import STORED_BACKWARD, STORED_FORWARD, assert_close
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -89,8 +90,8 @@ def test_the_cell_state_is_not_rounded_between_steps(isa):
     b = b.flatten().to(BF16)
     step = math.tanh(b[2 * H].item())
     x, h0, c0 = torch.zeros(T, B, 1, dtype=BF16), torch.zeros(B, H, dtype=BF16), torch.ones(B, H)
-    for save in (False, True):
-        y, h_n, c_n, _, _ = ops.lstm_layer(x, h0, c0, w_ih, w_hh, b, None, False, 0, 0, save)
+    for keep in KEEP:
+        y, h_n, c_n, _, _ = ops.lstm_layer(x, h0, c0, w_ih, w_hh, b, None, False, 0, 0, keep)
         assert_close(c_n, torch.full((B, H), 1 + T * step), T=T, dtype=torch.float32)
         assert (y.dtype, h_n.dtype, c_n.dtype) == (BF16, BF16, torch.float32)
 
@@ -159,7 +160,7 @@ def test_what_is_not_finite_stays_in_its_row(B, I, H, cell, value, isa):
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])
 def test_without_saving_the_outputs_are_the_same(cell, isa):
     case = Case(cell, 9, 5, 17, 33)
-    kept, dropped = (run_operator(case, case.inputs(BF16), save) for save in (True, False))
+    kept, dropped = (run_operator(case, case.inputs(BF16), keep) for keep in ("all", "nothing"))
     for name in ("y", "h_n", "c_n"):
         assert name not in kept or torch.equal(kept[name], dropped[name])
 
@@ -171,7 +172,7 @@ def test_opcheck(cell):
     weights = [inputs[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     if cell == "lstm":
         c0 = inputs["c0"].detach().float().requires_grad_()
-        args = (inputs["x"], inputs["h0"], c0, *weights, False, 0, 0, True)
+        args = (inputs["x"], inputs["h0"], c0, *weights, False, 0, 0, "all")
     else:
         args = (inputs["x"], inputs["h0"], *weights, cell, False, 0, 0)
     name = "lstm_layer" if cell == "lstm" else "rnn_layer"
@@ -182,7 +183,7 @@ def test_a_cell_state_in_bfloat16_is_an_error():
     inputs = Case("lstm", 2, 2, 3, 4).inputs(BF16)
     args = [inputs[name] for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")]
     with pytest.raises(RuntimeError, match=r"c0 is torch.bfloat16.*should be torch.float32"):
-        ops.lstm_layer(*args, False, 0, 0, True)
+        ops.lstm_layer(*args, False, 0, 0, "all")
 
 
 # Modules

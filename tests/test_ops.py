@@ -113,7 +113,7 @@ def test_backward_without_any_gradient_is_zero(cell):
     wants = [True] * 4
     if cell == "lstm":
         y, _, _, c, gates = ops.lstm_layer(
-            inputs["x"], *states, *weights, None, None, False, 0, 0, True
+            inputs["x"], *states, *weights, None, None, False, 0, 0, "all"
         )
         gradients = torch.ops.rnnfast.lstm_layer_backward(
             *[None] * 4, inputs["x"], *states, *weights, y, c, gates, False, 0, 0, *wants
@@ -190,7 +190,7 @@ def test_windows_that_cut_nothing_change_nothing(cell, reverse):
 def test_keeping_nothing_changes_no_bit(sizes, reverse, dtype, isa):
     case = Case("lstm", *sizes, reverse=reverse)
     inputs = case.inputs(dtype)
-    kept, lean = (run_operator(case, inputs, save) for save in (True, False))
+    kept, lean = (run_operator(case, inputs, keep) for keep in ("all", "nothing"))
     assert lean["c"].shape == (0,)
     for name in ("y", "h_n", "c_n"):
         assert torch.equal(kept[name], lean[name]), name
@@ -200,7 +200,7 @@ def test_gates_are_those_of_the_textbook():
     case = Case("lstm", 3, 2, 4, 5)
     inputs = case.inputs(torch.float64)
     weights = [inputs[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    gates = ops.lstm_layer(inputs["x"], inputs["h0"], inputs["c0"], *weights, False, 0, 0, True)[4]
+    gates = ops.lstm_layer(inputs["x"], inputs["h0"], inputs["c0"], *weights, False, 0, 0, "all")[4]
     assert gates.shape == (3, 2, 4, 5)
     i, f, g, o = gates.unbind(2)
     c = by_reference(case, torch.float64)["c"]

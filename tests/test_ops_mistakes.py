@@ -19,7 +19,7 @@ def arguments(cell):
     case = Case(cell, 3, 2, 4, 5)
     inputs = case.inputs(torch.float32)
     inputs |= {"reverse": False, "k1": 0, "k2": 0}
-    return inputs | ({"save": True} if cell == "lstm" else {"nonlinearity": cell})
+    return inputs | ({"keep": "all"} if cell == "lstm" else {"nonlinearity": cell})
 
 
 MISTAKES = {
@@ -57,7 +57,7 @@ def call(cell, **changes):
     head = [given["x"], given["h0"], *([given["c0"]] if cell == "lstm" else [])]
     head += [given["w_ih"], given["w_hh"], *optional]
     if cell == "lstm":
-        return ops.lstm_layer(*head, given["reverse"], given["k1"], given["k2"], given["save"])
+        return ops.lstm_layer(*head, given["reverse"], given["k1"], given["k2"], given["keep"])
     return ops.rnn_layer(*head, given["nonlinearity"], given["reverse"], given["k1"], given["k2"])
 
 
@@ -99,6 +99,16 @@ def test_wrong_devices(cell, no_kernel):
 def test_wrong_windows(T, k1, k2, cell, no_kernel):
     with pytest.raises(RuntimeError, match=f"k1 is {k1} and k2 is {k2}"):
         call(cell, x=torch.zeros(T, 2, 4), k1=k1, k2=k2)
+
+
+def test_unknown_keep(no_kernel):
+    for T in (0, 3):
+        with pytest.raises(ValueError, match=r"keep is 'gates', but should be 'nothing', 'cells'"):
+            call("lstm", x=torch.zeros(T, 2, 4), keep="gates")
+    given = arguments("lstm").items()
+    on_meta = {name: v.to("meta") for name, v in given if isinstance(v, torch.Tensor)}
+    with pytest.raises(ValueError, match=r"keep is 'gates'"):
+        call("lstm", **on_meta, keep="gates")
 
 
 def test_unknown_nonlinearity(no_kernel):
@@ -145,3 +155,14 @@ def test_wrong_shapes_and_dtypes_going_back(name, cell, no_kernel):
     for wrong in (tensors[name].double(), tensors[name][..., :-1], tensors[name][None]):
         with pytest.raises(RuntimeError, match="should"):
             run(*(tensors | {name: wrong}).values(), *tail)
+
+
+@pytest.mark.parametrize("name", ["b_ih", "b_hh"])
+def test_wrong_biases_going_back_without_gates(name, no_kernel):
+    shapes = BACKWARD_SHAPES | {"gates": None}
+    tensors = [shape if shape is None else torch.zeros(shape) for shape in shapes.values()]
+    for wrong in (torch.zeros(19), torch.zeros(20, 1), torch.zeros(20).double()):
+        with pytest.raises(RuntimeError, match=rf"{name} (is|has shape).*should"):
+            torch.ops.rnnfast.lstm_layer_backward(
+                *tensors, False, 0, 0, *[True] * 4, **{name: wrong}
+            )

@@ -287,7 +287,7 @@ def test_other_weights_in_the_same_buffer(x):
         w_ih = torch.randn(gates * H, I)
         for _ in range(2):
             if gates == 4:
-                layer, before, after = ops.lstm_layer, (x, h0, h0, w_ih), (False, 0, 0, False)
+                layer, before, after = ops.lstm_layer, (x, h0, h0, w_ih), (False, 0, 0, "nothing")
             else:
                 layer, before, after = ops.rnn_layer, (x, h0, w_ih), ("tanh", False, 0, 0)
             got, want = (layer(*before, w, None, None, *after)[0] for w in (w_hh, w_hh.clone()))

@@ -87,7 +87,7 @@ def test_keeping_nothing_changes_no_bit_either(threads):
     for sizes in SHARED_BY.values():
         case = Case("lstm", *sizes)
         want = on_one_thread(case, torch.float32, _native.build_info()["isa"])
-        lean = run_operator(case, case.inputs(torch.float32), save=False)
+        lean = run_operator(case, case.inputs(torch.float32), keep="nothing")
         assert torch.equal(lean["y"], want["y"])
         assert torch.equal(lean["c_n"], want["c_n"])
 
@@ -179,7 +179,7 @@ def test_other_python_threads_go_on():
     inputs = case.inputs(torch.float32)
     states, weights = (inputs["h0"], inputs["c0"]), (inputs["w_ih"], inputs["w_hh"])
     y, _, _, c, gates = ops.lstm_layer(
-        inputs["x"], *states, *weights, None, None, False, 0, 0, True
+        inputs["x"], *states, *weights, None, None, False, 0, 0, "all"
     )
     saved = (inputs["x"], *states, *weights, y, c, gates)
 

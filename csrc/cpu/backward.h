@@ -8,14 +8,16 @@
 // after it fixes the order.
 //
 // A single window goes by in chunks of steps, recurrence and products in turn: da, the largest array of all,
-// is then used while it is in cache, and never stored for the whole sequence.
+// is then used while it is in cache, and never stored for the whole sequence. Gates that were not kept are
+// computed again the same way, at the beginning of their chunk.
 #pragma once
 
 #include <vector>
 
-#include "../truncation.h"
 #include "forward.h"
 #include "gradient.h"
+#include "recompute.h"
+#include "steps.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -62,12 +64,13 @@ struct LstmBackward {
   using Real = RealOf<Storage>;
   static constexpr Index gates = 4;
   const LayerBackward<Storage>& layer;
-  Real* dc_carry;  // (window rows, H)
+  Real* dc_carry;             // (window rows, H)
+  StepRing<Real> recomputed;  // gates that were not kept
 
   void find_saved(WindowRow<Storage>& row, Index p, Index t, Index b) const {
     const Index B = layer.shape.B, H = layer.shape.H;
     const Index t_prev = layer.shape.reverse ? t + 1 : t - 1;
-    row.gates = layer.gates + (t * B + b) * 4 * H;
+    row.gates = layer.gates ? layer.gates + (t * B + b) * 4 * H : recomputed.at(p) + b * 4 * H;
     row.c = layer.c + (t * B + b) * H;
     row.c_prev = p == 0 ? layer.c0 + b * H : layer.c + (t_prev * B + b) * H;
   }
@@ -109,7 +112,8 @@ struct RnnBackward {
   using Real = RealOf<Storage>;
   static constexpr Index gates = 1;
   const LayerBackward<Storage>& layer;
-  Real* dc_carry;  // none: null
+  Real* dc_carry;             // none: null
+  StepRing<Real> recomputed;  // none
 
   void find_saved(WindowRow<Storage>& row, Index, Index t, Index b) const {
     row.h = layer.y + (t * layer.shape.B + b) * layer.shape.H;
@@ -129,21 +133,13 @@ struct RnnBackward {
   }
 };
 
-// da of some steps: of all, or of the chunk in work and the one before it.
-template <class Storage>
-struct StepRing {
-  Storage* rows;
-  Index steps, step_size;
-
-  Storage* at(Index p) const { return rows + p % steps * step_size; }
-};
-
 // Memory of one backward call, shared by the team.
 template <class Storage>
 struct BackwardScratch {
   using Real = RealOf<Storage>;
-  StepRing<Storage> da;  // (steps, B, G*H)
+  StepRing<Storage> da;  // (steps, B, G*H)  of all steps, or of the chunk in work and the one before it
   StepRing<Real> sums;   // of da over windows that overlap: da itself, or where it is added up before rounding
+  StepRing<Real> gates;  // (steps, B, 4*H)  of all steps, or of the chunk in work; none where they were kept
   Storage* zeros;        // (G*H): the da of a step outside of its window
   Real* dh_start;        // (windows that reach the start, B, H): their gradient of h0
   Real* dc_start;        // likewise of c0
@@ -271,11 +267,11 @@ void products(Team& team, const LayerBackward<Storage>& layer, const Truncation&
               const BackwardScratch<Storage>& scratch, const Right& w_ih, ElementOf<Storage>* blocks) {
   using Element = ElementOf<Storage>;
   const StepRing<Storage>& da = scratch.da;
-  const Index B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
-  const Index GH = gate_count(layer.shape.cell) * H, rows = steps.size() * B;
-  // Row k is batch row k % B of step steps.begin + k / B.
-  const auto da_of = [&](Index k) -> const Storage* { return da.at(steps.begin + k / B) + k % B * GH; };
-  const auto input_row = [&](Index k) { return truncation.time(steps.begin + k / B) * B + k % B; };
+  const Index I = layer.shape.I, H = layer.shape.H;
+  const Index GH = gate_count(layer.shape.cell) * H;
+  const StepInputs<Storage> inputs{layer, truncation, steps};
+  const Index rows = inputs.rows();
+  const auto da_of = [&](Index k) -> const Storage* { return da.at(inputs.step(k)) + inputs.batch_row(k) * GH; };
   if (layer.dx) {
     const Columns<Element>& columns = w_ih.columns;
     // Threads share the longer side.
@@ -285,14 +281,11 @@ void products(Team& team, const LayerBackward<Storage>& layer, const Truncation&
         by_rows ? Range{0, columns.unit_vectors()} : team.share(columns.unit_vectors());
     multiply_rows<Element>(
         own.size(), [&](Index m) { return da_of(own.begin + m); }, w_ih, vectors,
-        [&](Index m) { return layer.dx + input_row(own.begin + m) * I; });
+        [&](Index m) { return layer.dx + inputs.input_row(own.begin + m) * I; });
   }
   if (!layer.dw_ih && !layer.dw_hh) return;
-  const auto x_of = [&](Index k) { return layer.x + input_row(k) * I; };
-  const auto h_prev_of = [&](Index k) -> const Storage* {
-    const Index p = steps.begin + k / B, b = k % B;
-    return p == 0 ? layer.h0 + b * H : layer.y + (truncation.time(p - 1) * B + b) * H;
-  };
+  const auto x_of = [&](Index k) { return inputs.x(k); };
+  const auto h_prev_of = [&](Index k) { return inputs.h_prev(k); };
   const bool accumulate = steps.end < layer.shape.T;
   weight_gradients<Element>(
       team.share(GH), rows, da_of,
@@ -351,13 +344,17 @@ void run_backward(const LayerBackward<Storage>& layer) {
   const Index dw_ih_count = rounds && layer.dw_ih ? GH * I : 0;
   const Index dw_hh_count = rounds && layer.dw_hh ? GH * H : 0;
   const Index db_count = rounds && layer.db ? GH : 0;
+  GateRecompute<Storage> recompute(layer, truncation);
+  // Each da may take the place of its gate, if it is as large and no other window reads the gate.
+  const bool own_gates = recompute.needed() && (rounds || overlapping);
+  const Index gates_count = own_gates ? chunk * B * GH : 0;
   const Index buffer_count =
-      std::max<Index>(row_block * panel_width<Element>, GradientBlocks<Element>::count);
+      std::max<Index>(GateRecompute<Storage>::buffer_count, GradientBlocks<Element>::count);
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
   Workspace& workspace = Workspace::with_room(
       Workspace::bytes_for<Element>(ih_count) + Workspace::bytes_for<Element>(hh_count) +
       Workspace::bytes_for<Storage>(GH) + 2 * bytes(starts * H) + bytes(carry_count) +
-      Workspace::bytes_for<Storage>(da_count) + bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(db_count) +
+      Workspace::bytes_for<Storage>(da_count) + bytes(gates_count) + recompute.bytes() + bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(db_count) +
       bytes(buffer_count * plan.threads));
   Element* packed_ih = workspace.take<Element>(ih_count);
   Element* packed_hh = workspace.take<Element>(hh_count);
@@ -367,6 +364,8 @@ void run_backward(const LayerBackward<Storage>& layer) {
   scratch.dc_start = workspace.take<Real>(starts * H);
   Real* dc_carry = workspace.take<Real>(carry_count);
   scratch.da = {whole ? layer.da : workspace.take<Storage>(da_count), ring, B * GH};
+  scratch.gates = {workspace.take<Real>(gates_count), chunk, B * GH};
+  recompute.take(workspace);
   if constexpr (rounds) {
     scratch.sums = {layer.da_sums, T, B * GH};
     scratch.dw_ih = workspace.take<Real>(dw_ih_count);
@@ -374,6 +373,7 @@ void run_backward(const LayerBackward<Storage>& layer) {
     scratch.db = layer.db ? workspace.take<Real>(db_count) : nullptr;
   } else {
     scratch.sums = scratch.da;
+    if (!own_gates) scratch.gates = scratch.da;
     scratch.dw_ih = layer.dw_ih;
     scratch.dw_hh = layer.dw_hh;
     scratch.db = layer.db;
@@ -383,11 +383,15 @@ void run_backward(const LayerBackward<Storage>& layer) {
 
   const auto run = [&](Team& team, const auto& w_ih, const auto& w_hh) {
     Real* buffer = buffers + team.rank * buffer_count;
-    const CellLayer cells{layer, gates == 4 ? dc_carry : nullptr};
+    const CellLayer cells{layer, gates == 4 ? dc_carry : nullptr, scratch.gates};
     for (Index end = T; end > 0;) {
       const Index begin = std::max<Index>(end - chunk, 0);
       // At the start one step further: the last product is the gradient of the initial state.
       const Range steps{begin == 0 ? -1 : begin, whole ? layer.k2 : end};
+      if (recompute.needed()) {
+        recompute.run(team, {begin, end}, scratch.gates, buffer);
+        team.barrier();
+      }
       recur_back(team, plan, layer, truncation, cells, w_hh, steps, scratch, buffer);
       // Everybody's da is there; and nobody reads the chunk before, whose place the next one takes.
       team.barrier();
@@ -410,6 +414,7 @@ void run_backward(const LayerBackward<Storage>& layer) {
     }
   };
   auto body = [&](Team& team) {
+    recompute.pack_share(team);
     if (pack) {
       pack_share(team, hidden, GH, layer.w_hh, packed_hh);
       if (layer.dx) pack_share(team, input, GH, layer.w_ih, packed_ih);

@@ -19,8 +19,19 @@ KERNEL_DTYPES = frozenset({torch.float32, torch.float64})
 # On the CPU computed in float32 and rounded on the way out.
 HALF_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
+# What `memory` may be, and what an LSTM then keeps for a backward pass (`cpu.KEEP`).
+MEMORY = {"normal": "all", "low": "cells"}
+
 # w_ih, w_hh, b_ih, b_hh (None without bias), and w_hr where there is a projection.
 LayerWeights = tuple[Tensor | None, ...]
+
+
+def kept_with(memory: str) -> str:
+    """What an LSTM keeps for a backward pass with this `memory`."""
+    try:
+        return MEMORY[memory]
+    except (KeyError, TypeError):
+        raise ValueError(f"memory must be 'normal' or 'low', got {memory!r}") from None
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:

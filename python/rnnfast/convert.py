@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch.nn.utils import parametrize
 
-from . import modules
+from . import checks, modules
 from .bptt import Truncation
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -27,21 +27,25 @@ _FAST = {
 _TORCH = {fast: slow for slow, fast in _FAST.items()}
 
 
-def convert(module: Module, *, truncate: Truncation = None) -> Module:
+def convert(module: Module, *, truncate: Truncation = None, memory: str = "normal") -> Module:
     """Let every torch.nn.RNN, LSTM, RNNCell and LSTMCell in `module` compute with rnnfast.
 
     Works in place on `module` itself and everything inside it, and returns it. truncate, if given,
-    is set on the RNNs and LSTMs converted (cells have one step and nothing to truncate). Classes of
-    your own derived from torch's are left alone, as their forward may be theirs; so are modules
-    already of rnnfast. Raises TypeError or ValueError for a bad truncate, and then changes nothing.
+    is set on the RNNs and LSTMs converted (cells have one step and nothing to truncate), memory on
+    the LSTMs. Classes of your own derived from torch's are left alone, as their forward may be
+    theirs; so are modules already of rnnfast. Raises TypeError or ValueError for a bad truncate or
+    memory, and then changes nothing.
     """
     found = _find(module, _FAST)
     sequences = [m for m in found if isinstance(m, torch.nn.RNNBase)]
+    checks.kept_with(memory)
     kept = [modules.check_truncate(m, truncate) for m in sequences]
     for m in found:
         _exchange(m, _FAST)
     for m, value in zip(sequences, kept, strict=True):
         m.truncate = value
+        if isinstance(m, torch.nn.LSTM):
+            m.memory = memory
     return module
 
 
@@ -49,10 +53,11 @@ def revert(module: Module) -> Module:
     """Undo `convert`: every rnnfast module in `module` becomes torch.nn's. In place; returns it.
 
     torch.nn can't truncate: `truncate` is dropped where it is set, with a UserWarning, since
-    gradients are those of full BPTT from then on.
+    gradients are those of full BPTT from then on. So is `memory`, which changes no result.
     """
     for m in _find(module, _TORCH):
         _exchange(m, _TORCH)
+        m.__dict__.pop("memory", None)
         if m.__dict__.pop("truncate", None) is not None:
             warnings.warn(
                 "revert: torch.nn can't truncate, gradients are of full BPTT now", stacklevel=2

@@ -15,6 +15,9 @@ from torch import Tensor
 from ._native import accumulator, core, precision
 
 GATES = {"lstm": 4, "tanh": 1, "relu": 1}  # by the names the core has for its cells
+# What an LSTM may keep of every step beside h: nothing, c, or c and the gates. A gradient needs c;
+# gates that were not kept are computed again. An RNN needs h alone.
+KEEP = ("nothing", "cells", "all")
 
 Sizes = tuple[int, int, int, int]  # T, B, I, H
 
@@ -36,7 +39,7 @@ def forward(
     cell: str,
     sizes: Sizes,
     reverse: bool,
-    keep: bool,
+    keep: str,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -45,7 +48,7 @@ def forward(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """y, h_n, c_n and, with `keep`, c (T, B, H) and gates (T, B, 4, H); T >= 1.
+    """y, h_n, c_n and, as `keep` says, c (T, B, H) and gates (T, B, 4, H); T >= 1.
 
     x is (T, B, I) and states are (B, H), or the same elements with other leading axes (an unbatched
     sequence, a single step, a stack of one layer): y and the final states then have the same. What
@@ -59,8 +62,10 @@ def forward(
     c_n = c = gates = None
     if c0 is not None:
         c0, c_n = c0.contiguous(), c0.new_empty(*state_shape)
-        if keep:
-            c, gates = c0.new_empty(T, B, H), c0.new_empty(T, B, 4, H)
+        if keep != "nothing":
+            c = c0.new_empty(T, B, H)
+        if keep == "all":
+            gates = c0.new_empty(T, B, 4, H)
     getattr(core, _FORWARD[x.dtype])(
         cell, T, B, I, H, reverse, torch.get_num_threads(),
         x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh),
@@ -83,11 +88,12 @@ def backward(
     """dx, dh0, dc0, dw_ih, dw_hh and db where `wants` has True, None elsewhere; T >= 1.
 
     1 <= k1 <= k2 as the core takes them. upstream: dy, dh_n, dc_n, dc, None for zeros. saved: x,
-    h0, c0, w_ih, w_hh, y, c, gates, with the leading axes they had going forward.
+    h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, gates, with the leading axes they had going forward. An
+    LSTM's gates may be None, and only then are its biases needed: gates are computed again.
     """
     T, B, I, H = sizes
     dy, dh_n, dc_n, dc = map(_dense, upstream)
-    x, h0, c0, w_ih, w_hh, y, c, gates = map(_dense, saved)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, gates = map(_dense, saved)
     want_x, want_h0, want_c0, want_w_ih, want_w_hh, want_b = wants
     rows = GATES[cell] * H
     dx = x.new_empty(*x.shape) if want_x else None
@@ -103,8 +109,8 @@ def backward(
     getattr(core, _BACKWARD[x.dtype])(
         cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2,
         _address(dy), _address(dh_n), _address(dc_n), _address(dc),
-        x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), h0.data_ptr(), _address(c0),
-        y.data_ptr(), _address(c), _address(gates),
+        x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh),
+        h0.data_ptr(), _address(c0), y.data_ptr(), _address(c), _address(gates),
         _address(dx), _address(dw_ih), _address(dw_hh), _address(db),
         _address(dh0), _address(dc0), _address(da), _address(da_windows),
         _address(da_sums),

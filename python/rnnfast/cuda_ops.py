@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .ops import _check, _expect, window
+from .ops import _check, _expect, _kept_shapes, _wants_and_biases, window
 
 _FORMATS = {
     torch.float32: "float32",
@@ -56,13 +56,14 @@ class Layers:
         self._plan = lru_cache(maxsize=1024)(self._new_plan)
         self._device = lru_cache(maxsize=None)(native.device_properties)
 
-    def lstm_layer(self, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
+    def lstm_layer(self, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
         T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
         window(T, k1, k2)
         wide = state_dtype(x.dtype)
-        c = x.new_empty((T, B, H) if save else (0,), dtype=wide)
+        c_shape, gates_shape = _kept_shapes(keep, T, B, H)
+        c = x.new_empty(c_shape, dtype=wide)
         if T == 0 or B == 0:
-            gates = x.new_empty((T, B, 4, H) if save else (0,))
+            gates = x.new_empty(gates_shape)
             return x.new_empty(T, B, H), h0.clone(), c0.clone(), c, gates
         h0, c0, w_hh = _dense(h0), _dense(c0, wide), _dense(w_hh)
         a = _project(x, w_ih, b_ih, b_hh)
@@ -73,10 +74,10 @@ class Layers:
                 x.new_empty(B, H, dtype=wide),
             ),
         )
-        gates = a if save else None  # each gate takes the place of its pre-activation
-        arrays = (a, w_hh, h0, c0, y, h_n, c_n, c if save else None, gates)
+        gates = a if keep == "all" else None  # each gate takes the place of its pre-activation
+        arrays = (a, w_hh, h0, c0, y, h_n, c_n, None if keep == "nothing" else c, gates)
         self._run("forward", "lstm", x, T, B, H, T, T, reverse, arrays)
-        gates = a.view(T, B, 4, H) if save else x.new_empty(0)
+        gates = x.new_empty(0) if gates is None else gates.view(gates_shape)
         return y, h_n, c_n.to(x.dtype), c, gates
 
     def rnn_layer(self, x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
@@ -93,10 +94,11 @@ class Layers:
         return y, h_n
 
     def lstm_layer_backward(
-        self, dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *wants
+        self, dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *rest
     ):
+        wants, biases = _wants_and_biases(*rest)
         states = {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
-        T, B, _, H = _check(4, x, w_ih, w_hh, None, None, states)
+        T, B, _, H = _check(4, x, w_ih, w_hh, *biases, states)
         wide = state_dtype(x.dtype)
         for name, tensor in {"dy": dy, "y": y}.items():
             _expect(name, tensor, (T, B, H), x)
@@ -111,6 +113,8 @@ class Layers:
         k1, k2 = window(T, k1, k2)
         da, dh0 = x.new_empty(T, B, 4 * H), x.new_empty(B, H)
         dc0 = x.new_empty(B, H, dtype=wide)
+        if gates is None:
+            gates = _gates(x, h0, w_ih, w_hh, *biases, y, reverse)
         dy, dh_n, w_hh, gates = _dense(dy), _dense(dh_n), _dense(w_hh), _dense(gates)
         dc_n, dc, c = _dense(dc_n, wide), _dense(dc, wide), _dense(c)
         arrays = (dy, dh_n, dc_n, dc, w_hh, _dense(c0, wide), None, c, gates, da, dh0, dc0)
@@ -183,6 +187,25 @@ def _project(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) 
     return a.view(T, B, -1)
 
 
+def _gates(x, h0, w_ih, w_hh, b_ih, b_hh, y, reverse):
+    """The gates (T, B, 4, H) of an LSTM that has kept its h, not them: in two products."""
+    T, B, H = y.shape
+    a = _project(x, w_ih, b_ih, b_hh)
+    first, later, before = _steps(reverse)
+    a[first].addmm_(h0, w_hh.t())
+    a[later].view((T - 1) * B, 4 * H).addmm_(y[before].reshape((T - 1) * B, H), w_hh.t())
+    gates = a.view(T, B, 4, H)
+    gates[:, :, :2].sigmoid_()
+    gates[:, :, 2].tanh_()
+    gates[:, :, 3].sigmoid_()
+    return gates
+
+
+def _steps(reverse: bool) -> tuple[int, slice, slice]:
+    """The first step in processing order, the others, and those before the others."""
+    return (-1, slice(-1), slice(1, None)) if reverse else (0, slice(1, None), slice(-1))
+
+
 def _products(da, x, h0, w_ih, y, reverse, want_x, want_w_ih, want_w_hh, want_b):
     """dx, dw_ih, dw_hh, db from da (T, B, G * H): products and sums over all steps."""
     T, B, rows = da.shape
@@ -191,9 +214,7 @@ def _products(da, x, h0, w_ih, y, reverse, want_x, want_w_ih, want_w_hh, want_b)
     dw_ih = torch.mm(flat.t(), x.reshape(T * B, x.shape[-1])) if want_w_ih else x.new_empty(0)
     dw_hh = db = x.new_empty(0)
     if want_w_hh:
-        first, later, before = (-1, slice(-1), slice(1, None))
-        if not reverse:
-            first, later, before = (0, slice(1, None), slice(-1))
+        first, later, before = _steps(reverse)
         dw_hh = torch.mm(da[first].t(), h0)
         if T > 1:
             h_prev = y[before].reshape((T - 1) * B, -1)

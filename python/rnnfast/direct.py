@@ -150,16 +150,23 @@ def _run(
     reverse: bool = False,
     k1: int = 0,
     k2: int = 0,
-    keep: bool = False,
+    keep: str = "all",
+    cells: bool = False,
 ) -> Results | None:
-    """One layer in one direction; None if the call has to go the general way."""
+    """One layer in one direction; None if the call has to go the general way.
+
+    keep: what an LSTM keeps if a gradient may be asked for. cells: c is wanted even if none may.
+    """
     try:
         sizes, h0, c0, needs_grad = _examine(cell, x, states, weights, axes)
     except (_Unusual, ValueError, RuntimeError):
         return None
     if needs_grad:
+        if keep == "nothing":
+            return None
         k1, k2 = ops.window(sizes[0], k1, k2)
-        return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2)
+        return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
+    keep = "cells" if cells else "nothing"
     return cpu.forward(cell, sizes, reverse, keep, x, h0, c0, *weights)[:4]
 
 
@@ -173,11 +180,13 @@ def sequence(
     weights: Sequence[Tensor],
     bias: bool,
     batch_first: bool,
+    keep: str = "all",
 ) -> Results | None:
     """A stack of one layer in one direction, as a module's arguments describe it.
 
     x (T, B, I), (B, T, I) if batch_first, or (T, I); states (1, B, H) or (1, H), None for zeros;
-    weights w_ih, w_hh and, with `bias`, b_ih and b_hh.
+    weights w_ih, w_hh and, with `bias`, b_ih and b_hh. keep: as the operators take it, of effect
+    only if a gradient may be asked for.
     """
     if len(weights) != (4 if bias else 2):
         return None
@@ -185,9 +194,8 @@ def sequence(
     if bias and (b_ih is None or b_hh is None):
         return None
     swap = batch_first and type(x) in _PLAIN_TYPES and x.dim() == 3
-    results = _run(
-        cell, x.transpose(0, 1) if swap else x, states, (w_ih, w_hh, b_ih, b_hh), _of_sequence
-    )
+    steps = x.transpose(0, 1) if swap else x
+    results = _run(cell, steps, states, (w_ih, w_hh, b_ih, b_hh), _of_sequence, keep=keep)
     if swap and results is not None:
         return results[0].transpose(0, 1), *results[1:]
     return results
@@ -204,9 +212,10 @@ def step(cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Weights
 
 
 def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
-    """y, h_n, c_n and, with `keep`, c: as ops.lstm_layer."""
+    """y, h_n, c_n and, unless `keep` is "nothing", c: as ops.lstm_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
-    results = _run("lstm", x, (h0, c0), weights, _of_layer, reverse, k1, k2, keep)
+    options = (reverse, k1, k2, keep, keep != "nothing")
+    results = _run("lstm", x, (h0, c0), weights, _of_layer, *options)
     if results is None:
         return ops.lstm_layer(x, h0, c0, *weights, reverse, k1, k2, keep)[:4]
     return results
@@ -228,12 +237,13 @@ class RnnfastLayer(torch.autograd.Function):
     """What the operators' autograd formulas do, without dispatching."""
 
     @staticmethod
-    def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, sizes, reverse, k1, k2):
+    def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, sizes, reverse, k1, k2, keep):
         y, h_n, c_n, c, gates = cpu.forward(
-            cell, sizes, reverse, True, x, h0, c0, w_ih, w_hh, b_ih, b_hh
+            cell, sizes, reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, c, gates)
+        biases = (b_ih, b_hh) if keep == "cells" else (None, None)
+        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, *biases, y, c, gates)
         ctx.call = (cell, sizes, reverse, k1, k2)
         ctx.x_shape, ctx.state_shape = x.shape, h0.shape
         return y, h_n, c_n, c
@@ -248,7 +258,7 @@ class RnnfastLayer(torch.autograd.Function):
         short = _may_go_back(ctx, upstream, saved)
         gradients = (cpu.backward if short else _by_operator)(*ctx.call, upstream, saved, wants)
         *gradients, db = gradients
-        return *gradients, db if need_b_ih else None, db if need_b_hh else None, *(None,) * 5
+        return *gradients, db if need_b_ih else None, db if need_b_hh else None, *(None,) * 6
 
 
 # Function.apply looks for functorch and for tensors that left it, of which there are none here.
@@ -267,7 +277,8 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     state, y, c, rows = ctx.state_shape, (*ctx.x_shape[:-1], H), (T, B, H), GATES[cell] * H
     dtype = saved[0].dtype
     shapes = (y, state, state, c)
-    shapes += (ctx.x_shape, state, state, (rows, I), (rows, H), y, c, (T, B, 4, H))
+    shapes += (ctx.x_shape, state, state, (rows, I), (rows, H), (rows,), (rows,))
+    shapes += (y, c, (T, B, 4, H))
     try:
         for tensor, shape in zip((*upstream, *saved), shapes, strict=True):
             if tensor is not None and not (_plain(tensor, dtype) and tensor.shape == shape):
@@ -285,7 +296,7 @@ def _by_operator(cell, sizes, reverse, k1, k2, upstream, saved, wants):
         return tensor if tensor is None else tensor.reshape(shape)
 
     dy, dh_n, dc_n, dc = upstream
-    x, h0, c0, w_ih, w_hh, y, c, gates = saved
+    x, h0, c0, w_ih, w_hh, *biases, y, c, gates = saved
     dy, y = shaped(dy, T, B, H), shaped(y, T, B, H)
     states = dh_n, dc_n, h0, c0
     dh_n, dc_n, h0_rows, c0_rows = (shaped(state, B, H) for state in states)
@@ -293,7 +304,7 @@ def _by_operator(cell, sizes, reverse, k1, k2, upstream, saved, wants):
     if cell == "lstm":
         dx, dh0, dc0, *dweights = torch.ops.rnnfast.lstm_layer_backward(
             *(dy, dh_n, dc_n, dc, x.reshape(T, B, I), h0_rows, c0_rows, w_ih, w_hh, y, c, gates),
-            *rest,
+            *(*rest, *biases),
         )
         dc0 = dc0.reshape(c0.shape)
     else:

@@ -34,6 +34,7 @@ def lstm(
     bidirectional: bool = False,
     proj_size: int = 0,
     truncate: Truncation = None,
+    memory: str = "normal",
     return_cells: bool = False,
 ) -> tuple:
     """A stack of LSTM layers (Hochreiter & Schmidhuber 1997) over whole sequences.
@@ -49,6 +50,9 @@ def lstm(
             taken in blocks of k1 steps counted from time 0 and their gradient goes back over the
             block and the k2 - k1 steps before it. k is (k, k): as if the state were detached every
             k steps. The forward pass is the same. None is full BPTT (Werbos 1990).
+        memory: "low" keeps h and c of every step for the backward pass, and not the gates, which
+            are four times as large as either: they are computed again, which costs a third more
+            arithmetic. Gradients are the same. Of no effect with proj_size.
         return_cells: also return the cell state of every step.
 
     Returns:
@@ -63,11 +67,13 @@ def lstm(
     Under torch.autocast input and state are cast to the weights' dtype, which is the result's.
 
     Raises ValueError, RuntimeError or TypeError where torch.nn.LSTM does: for shapes, dtypes and
-    devices that don't fit, empty sequences, and devices without kernels. ValueError also for
-    truncate = (k1, k2) with k2 > k1 in a stack that is bidirectional, where no window is defined.
+    devices that don't fit, empty sequences, and devices without kernels. ValueError also for an
+    unknown memory, and for truncate = (k1, k2) with k2 > k1 in a stack that is bidirectional, where
+    no window is defined.
     """
+    keep = checks.kept_with(memory)
     if num_layers == 1 and truncate is None and not (bidirectional or proj_size or return_cells):
-        short = direct.sequence("lstm", x, hx, weights, bias, batch_first)
+        short = direct.sequence("lstm", x, hx, weights, bias, batch_first, keep)
         if short is not None:
             y, h_n, c_n, _ = short
             return y, (h_n, c_n)
@@ -85,6 +91,7 @@ def lstm(
         batch_first,
         dropout if training else 0.0,
         truncate,
+        keep,
         return_cells,
     )
     return (y, state, cells) if return_cells else (y, state)
@@ -130,6 +137,7 @@ def rnn(
         batch_first,
         dropout if training else 0.0,
         truncate,
+        "all",
         False,
     )
     return y, state[0]
@@ -177,28 +185,28 @@ def rnn_cell(
 
 
 def _lstm_layer(
-    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
 ) -> tuple[Tensor, State, Tensor]:
-    y, h, c, cells = direct.lstm_layer(x, *state, *w, reverse, k1, k2, save)
+    y, h, c, cells = direct.lstm_layer(x, *state, *w, reverse, k1, k2, keep)
     return y, (h, c), cells
 
 
 def _projected_layer(
-    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
 ) -> tuple[Tensor, State, Tensor]:
     y, h, c, cells = projected.lstm_layer(x, *state, *w, reverse, k1, k2)
     return y, (h, c), cells
 
 
 def _tanh_layer(
-    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
 ) -> tuple[Tensor, State, None]:
     y, h = direct.rnn_layer(x, *state, *w, "tanh", reverse, k1, k2)
     return y, (h,), None
 
 
 def _relu_layer(
-    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
 ) -> tuple[Tensor, State, None]:
     y, h = direct.rnn_layer(x, *state, *w, "relu", reverse, k1, k2)
     return y, (h,), None
@@ -223,11 +231,13 @@ def _run(
     batch_first: bool,
     dropout: float,
     truncate: Truncation,
+    keep: str,
     return_cells: bool,
 ) -> tuple[Tensor | PackedSequence, State, Tensor | PackedSequence | None]:
     """Check input and states, bring them to (T, B, I) and (B, size), run, and bring all back.
 
-    sizes: the features of each tensor of a state.
+    sizes: the features of each tensor of a state. keep: what is kept for a gradient, if one may be
+    asked for.
     """
     weight = groups[0][0]
     sequence = x if isinstance(x, PackedSequence) else None
@@ -257,7 +267,9 @@ def _run(
     if not in_kernel:
         x, states, groups = _as_computed(layer, x, states, groups)
 
-    args = (groups, directions, dropout, k1, k2, grad or return_cells)
+    if not grad:
+        keep = "cells" if return_cells else "nothing"
+    args = (groups, directions, dropout, k1, k2, keep)
     if sequence is None:
         y, finals, cells = _run_layers(layer, x, states, *args)
     elif k1 == k2:
@@ -342,15 +354,15 @@ def _run_layers(
     dropout: float,
     k1: int,
     k2: int,
-    save: bool,
+    keep: str,
 ) -> tuple[Tensor, list[State], list[Tensor | None]]:
     """The whole stack on (T, B, I) or packed data; gives what stack.run gives."""
     if k2 > k1 and len(groups) > directions:
         k1, k2 = bptt.parse_truncate((k1, k2), len(x))  # by length, some may be too short to cut
         if k1:
-            return stack.run_windows(layer, x, states, groups, dropout, k1, k2)
+            return stack.run_windows(layer, x, states, groups, dropout, k1, k2, keep)
     between = (lambda _, y: F.dropout(y, dropout, True)) if dropout else None
-    return stack.run(layer, x, states, groups, directions, between, k1, k2, save)
+    return stack.run(layer, x, states, groups, directions, between, k1, k2, keep)
 
 
 def _step(
@@ -376,13 +388,13 @@ def _step(
         state = (x.new_zeros(*lead, hidden),) * states
     else:
         state = checks.check_states(kind, hx, [(*lead, hidden)] * states, w_ih, (1, 2))
-    save = _needs_grad(x, state, [group])
+    keep = "all" if _needs_grad(x, state, [group]) else "nothing"
     dtype = x.dtype
     if not x.is_cuda:
         x, (state,), (group,) = _as_computed(layer, x, [state], [group])
     if not lead:
         x, state = x.unsqueeze(0), [s.unsqueeze(0) for s in state]
-    final = layer(x.unsqueeze(0), state, group, False, 0, 0, save)[1]
+    final = layer(x.unsqueeze(0), state, group, False, 0, 0, keep)[1]
     if not lead:
         final = tuple(s.squeeze(0) for s in final)
     return tuple(s.to(dtype) for s in final)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import checks, functional
 from .bptt import Truncation, parse_truncate
 
 
@@ -67,10 +67,22 @@ def check_truncate(module: torch.nn.RNNBase, truncate: Truncation) -> Truncation
 class LSTM(_Sequence, torch.nn.LSTM):
     """torch.nn.LSTM with fused kernels and truncated backpropagation through time.
 
-    Takes torch.nn.LSTM's arguments and one more keyword, truncate: k or (k1, k2), see
-    `rnnfast.functional.lstm`, which also lists shapes, dtypes and errors. Same seed, same weights.
-    PackedSequence and proj_size > 0 are computed right but slower. Hochreiter & Schmidhuber 1997.
+    Takes torch.nn.LSTM's arguments and two more keywords, truncate: k or (k1, k2), and memory:
+    "normal" or "low", see `rnnfast.functional.lstm`, which also lists shapes, dtypes and errors.
+    Same seed, same weights. PackedSequence and proj_size > 0 are computed right but slower.
+    Hochreiter & Schmidhuber 1997.
     """
+
+    memory: str = "normal"  # also for modules that convert() or an older pickle made
+
+    def __init__(self, *args: Any, memory: str = "normal", **kwargs: Any) -> None:
+        checks.kept_with(memory)
+        super().__init__(*args, **kwargs)
+        self.memory = memory
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.memory == "normal" else f"{text}, memory={self.memory!r}"
 
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
@@ -88,6 +100,7 @@ class LSTM(_Sequence, torch.nn.LSTM):
             bidirectional=self.bidirectional,
             proj_size=self.proj_size,
             truncate=self.truncate,
+            memory=self.memory,
         )
 
 

@@ -5,6 +5,10 @@ CPU kernel that checks the sizes and hands on to `cpu`, and an autograd formula 
 operator. Layouts are those of ``csrc/rnnfast.h``; nothing here stacks layers. With bfloat16 on the
 CPU what belongs to the cell (c0, c_n, c, gates and their gradients) is float32. Eager calls on
 plain CPU tensors, which need none of this, take the short way of `direct`.
+
+keep, one of `KEEP`, says what an LSTM keeps of every step: "all" for a gradient, "cells" for one
+that computes the gates again (it is given none, but the biases), "nothing" for none. What is not
+kept comes out without elements.
 """
 
 from __future__ import annotations
@@ -15,18 +19,20 @@ from torch.autograd import forward_ad
 
 from . import cpu
 from ._native import accumulator, precision
+from .cpu import KEEP
 
 __all__ = ["lstm_layer", "rnn_layer"]
 
 _LSTM = (
     "(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh,"
-    " bool reverse, int k1, int k2, bool save)"
+    " bool reverse, int k1, int k2, str keep)"
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
 )
 _LSTM_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor h0, Tensor c0,"
-    " Tensor w_ih, Tensor w_hh, Tensor y, Tensor c, Tensor gates, bool reverse, int k1, int k2,"
-    " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b)"
+    " Tensor w_ih, Tensor w_hh, Tensor y, Tensor c, Tensor? gates, bool reverse, int k1, int k2,"
+    " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b,"
+    " Tensor? b_ih=None, Tensor? b_hh=None)"
     " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
 )
 _RNN = (
@@ -104,21 +110,29 @@ def _check_nonlinearity(name: str) -> None:
         raise ValueError(f"nonlinearity is {name!r}, but should be 'tanh' or 'relu'")
 
 
+def _kept_shapes(keep: str, T: int, B: int, H: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of c and gates: (0,) for what is not kept."""
+    if keep not in KEEP:
+        raise ValueError(f"keep is {keep!r}, but should be {', '.join(map(repr, KEEP))}")
+    return (0,) if keep == "nothing" else (T, B, H), (T, B, 4, H) if keep == "all" else (0,)
+
+
 # Forward
 
 
-def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
+def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
     states = {"h0": h0, "c0": c0}
     T, B, I, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, states, accumulator(x.dtype))
     window(T, k1, k2)
     precision(x.dtype)
+    kept_shapes = _kept_shapes(keep, T, B, H)
     if T == 0:
-        c, gates = ((0, B, H), (0, B, 4, H)) if save else ((0,), (0,))
-        return x.new_empty(0, B, H), h0.clone(), c0.clone(), c0.new_empty(c), c0.new_empty(gates)
+        y = x.new_empty(0, B, H)
+        return y, h0.clone(), c0.clone(), *(c0.new_empty(shape) for shape in kept_shapes)
     y, h_n, c_n, *kept = cpu.forward(
-        *("lstm", (T, B, I, H), reverse, save, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+        *("lstm", (T, B, I, H), reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     )
-    return y, h_n, c_n, *(kept if save else (c0.new_empty(0), c0.new_empty(0)))
+    return y, h_n, c_n, *(c0.new_empty(0) if k is None else k for k in kept)
 
 
 def _rnn_layer_cpu(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
@@ -129,7 +143,7 @@ def _rnn_layer_cpu(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2)
     if T == 0:
         return x.new_empty(0, B, H), h0.clone()
     return cpu.forward(
-        *(nonlinearity, (T, B, I, H), reverse, False, x, h0, None, w_ih, w_hh, b_ih, b_hh)
+        *(nonlinearity, (T, B, I, H), reverse, "nothing", x, h0, None, w_ih, w_hh, b_ih, b_hh)
     )[:2]
 
 
@@ -146,12 +160,25 @@ def _gradients(x, h0, w_ih, w_hh, want_x, want_w_ih, want_w_hh, want_b):
     )
 
 
+def _wants_and_biases(
+    want_x: bool,
+    want_w_ih: bool,
+    want_w_hh: bool,
+    want_b: bool,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[tuple[bool, ...], tuple[Tensor | None, Tensor | None]]:
+    """The end of lstm_layer_backward's schema: what is wanted, and w's biases, for lost gates."""
+    return (want_x, want_w_ih, want_w_hh, want_b), (b_ih, b_hh)
+
+
 def _lstm_layer_backward_cpu(
-    dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *wants
+    dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *rest
 ):
+    wants, biases = _wants_and_biases(*rest)
     states = {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
     cell_dtype = accumulator(x.dtype)
-    T, B, I, H = _check(4, x, w_ih, w_hh, None, None, states, cell_dtype)
+    T, B, I, H = _check(4, x, w_ih, w_hh, *biases, states, cell_dtype)
     for name, tensor in {"dy": dy, "dc": dc, "y": y, "c": c}.items():
         _expect(name, tensor, (T, B, H), x, cell_dtype)
     _expect("gates", gates, (T, B, 4, H), x, cell_dtype)
@@ -163,7 +190,7 @@ def _lstm_layer_backward_cpu(
         return dx, dh0, dc0, dw_ih.zero_(), dw_hh.zero_(), db.zero_()
     return _cpu_gradients(
         *("lstm", (T, B, I, H), reverse, *window(T, k1, k2), (dy, dh_n, dc_n, dc)),
-        *((x, h0, c0, w_ih, w_hh, y, c, gates), wants),
+        *((x, h0, c0, w_ih, w_hh, *biases, y, c, gates), wants),
     )
 
 
@@ -179,7 +206,7 @@ def _rnn_layer_backward_cpu(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, revers
         return dx, dh0, dw_ih.zero_(), dw_hh.zero_(), db.zero_()
     dx, dh0, _, dw_ih, dw_hh, db = _cpu_gradients(
         *(nonlinearity, (T, B, I, H), reverse, *window(T, k1, k2), (dy, dh_n, None, None)),
-        *((x, h0, None, w_ih, w_hh, y, None, None), wants),
+        *((x, h0, None, w_ih, w_hh, None, None, y, None, None), wants),
     )
     return dx, dh0, dw_ih, dw_hh, db
 
@@ -195,12 +222,12 @@ def _cpu_gradients(cell, sizes, reverse, k1, k2, upstream, saved, wants):
 # Shapes alone
 
 
-def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, save):
+def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
     # The CPU's kernels take a wider c0 than CUDA's do; which these are nothing here tells.
     wide = accumulator(x.dtype)
     states = {"h0": h0, "c0": c0}
     T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, states, wide if c0.dtype == wide else None)
-    c, gates = ((T, B, H), (T, B, 4, H)) if save else ((0,), (0,))
+    c, gates = _kept_shapes(keep, T, B, H)
     half = x.dtype in (torch.float16, torch.bfloat16)  # cell states are kept in float32 then
     return (
         x.new_empty(T, B, H),
@@ -217,8 +244,9 @@ def _rnn_layer_fake(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2
 
 
 def _lstm_layer_backward_fake(
-    dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *wants
+    dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *rest
 ):
+    wants, _ = _wants_and_biases(*rest)
     dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
     return dx, x.new_empty(h0.shape), c0.new_empty(c0.shape), dw_ih, dw_hh, db
 
@@ -232,21 +260,25 @@ def _rnn_layer_backward_fake(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, rever
 
 
 def _lstm_setup(ctx, inputs, output):
-    x, h0, c0, w_ih, w_hh, _, _, ctx.reverse, ctx.k1, ctx.k2, ctx.save = inputs
+    x, h0, c0, w_ih, w_hh, *biases, ctx.reverse, ctx.k1, ctx.k2, ctx.keep = inputs
     y, _, _, c, gates = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(gates)
-    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, c, gates)
+    instead_of_gates = (None, *biases) if ctx.keep == "cells" else (gates,)
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, c, *instead_of_gates)
 
 
 def _lstm_autograd(ctx, dy, dh_n, dc_n, dc, _):
-    if not ctx.save:
-        raise RuntimeError("lstm_layer was called with save=False, so it cannot be differentiated")
+    if ctx.keep == "nothing":
+        raise RuntimeError(
+            "lstm_layer was called with keep='nothing', so it cannot be differentiated"
+        )
     needs = ctx.needs_input_grad
     want_b = needs[5] or needs[6]
+    x, h0, c0, w_ih, w_hh, y, c, gates, *biases = ctx.saved_tensors
     dx, dh0, dc0, dw_ih, dw_hh, db = torch.ops.rnnfast.lstm_layer_backward(
-        *(dy, dh_n, dc_n, dc, *ctx.saved_tensors, ctx.reverse, ctx.k1, ctx.k2),
-        *(needs[0], needs[3], needs[4], want_b),
+        *(dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates),
+        *(ctx.reverse, ctx.k1, ctx.k2, needs[0], needs[3], needs[4], want_b, *biases),
     )
     grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db)
     return *_wanted(grads, needs), None, None, None, None

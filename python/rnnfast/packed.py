@@ -35,7 +35,7 @@ def over_segments(layer: Layer, batch_sizes: list[int]) -> Layer:
     """
 
     def run(
-        x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+        x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
     ) -> tuple[Tensor, State, Tensor | None]:
         segments = _segments(batch_sizes, k1)
         parts = x.split([steps * rows for _, steps, rows in segments])
@@ -54,11 +54,11 @@ def over_segments(layer: Layer, batch_sizes: list[int]) -> Layer:
                 running = tuple(r[:rows] for r in running)
                 if border:
                     running = bptt.detach(running)
-            y, running, c = layer(part.unflatten(0, (steps, rows)), running, w, reverse, 0, 0, save)
+            y, running, c = layer(part.unflatten(0, (steps, rows)), running, w, reverse, 0, 0, keep)
             if reverse and border:
                 running = bptt.detach(running)
             ys.append(y.flatten(0, 1))
-            if save and c is not None:
+            if keep != "nothing" and c is not None:
                 cs.append(c.flatten(0, 1))
         final = tuple(torch.cat(s) for s in zip(running, *reversed(left), strict=True))
         order = slice(None, None, -1 if reverse else 1)

@@ -25,11 +25,11 @@ class Layer(Protocol):
 
     x (T, B, I), state (B, P) and (B, H), (k1, k2) as the operators take them. Gives the outputs
     (T, B, P), the final state and the cell state of every step (T, B, H): None for an RNN, and of
-    no meaning when `save` is False.
+    no meaning when `keep` is "nothing". keep: as the operators take it.
     """
 
     def __call__(
-        self, x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, save: bool
+        self, x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
     ) -> tuple[Tensor, State, Tensor | None]: ...
 
 
@@ -42,7 +42,7 @@ def run(
     between: Between | None,
     k1: int,
     k2: int,
-    save: bool,
+    keep: str,
 ) -> tuple[Tensor, list[State], list[Tensor | None]]:
     """Run all layers and directions.
 
@@ -54,11 +54,11 @@ def run(
     for i in range(0, len(weights), directions):
         if i and between is not None:
             x = between(i // directions - 1, x)
-        y, final, c = layer(x, states[i], weights[i], False, k1, k2, save)
+        y, final, c = layer(x, states[i], weights[i], False, k1, k2, keep)
         finals.append(final)
         cells = [c]
         if directions == 2:
-            y_reverse, final, c = layer(x, states[i + 1], weights[i + 1], True, k1, k2, save)
+            y_reverse, final, c = layer(x, states[i + 1], weights[i + 1], True, k1, k2, keep)
             finals.append(final)
             cells.append(c)
             y = torch.cat((y, y_reverse), -1)
@@ -74,6 +74,7 @@ def run_windows(
     dropout: float,
     k1: int,
     k2: int,
+    keep: str,
 ) -> tuple[Tensor, list[State], list[Tensor | None]]:
     """Run a unidirectional stack under TBPTT(k1, k2), k2 > k1, that cuts something; as `run`.
 
@@ -100,7 +101,7 @@ def run_windows(
     def run_on(select: Callable[[Tensor], Tensor], states: list[State]):
         picked = [select(mask) for mask in masks]
         between = (lambda i, y: y * picked[i]) if picked else None
-        return run(layer, select(x), states, weights, 1, between, 0, 0, True)
+        return run(layer, select(x), states, weights, 1, between, 0, 0, keep)
 
     def side_by_side(sequence: Tensor) -> Tensor:
         """The full windows of (T, B, F) as (k2, full * B, F)."""
@@ -145,7 +146,7 @@ def _states_entering(
     before = [begin - 1 for begin in begins]
     entering = []
     for i, (state, w) in enumerate(zip(states, weights, strict=True)):
-        y, _, c = layer(x, state, w, False, 0, 0, True)
+        y, _, c = layer(x, state, w, False, 0, 0, "cells")
         entering.append((y[before],) if c is None else (y[before], c[before]))
         x = y * masks[i][: len(y)] if i < len(masks) else y
     return entering

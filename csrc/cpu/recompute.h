@@ -1,0 +1,126 @@
+// The gates of an LSTM layer computed again, for a backward pass whose forward pass has not kept them.
+//
+// Every h is known by then, so nothing is sequential: the rows of many steps go through both products at once.
+// Bound by the FMA units; a third more arithmetic in training, for 4H numbers a step and row that need not
+// be kept. Sums are taken as the forward pass takes them (forward.h), so the gates are the same bits.
+#pragma once
+
+#include "forward.h"
+#include "steps.h"
+
+namespace rnnfast::cpu::RNNFAST_ISA {
+
+template <class Storage>
+class GateRecompute {
+ public:
+  using Element = ElementOf<Storage>;
+  using Real = RealOf<Storage>;
+
+  GateRecompute(const LayerBackward<Storage>& layer, const Truncation& truncation)
+      : layer_(layer),
+        truncation_(truncation),
+        needed_(layer.shape.cell == Cell::lstm && !layer.gates),
+        pack_(needed_ && plan_forward(layer.shape, engine<Element>()).pack) {}
+
+  // Whether there are no gates.
+  bool needed() const { return needed_; }
+
+  // A thread's scratch, in numbers.
+  static constexpr Index buffer_count = 2 * row_block * panel_width<Element>;
+
+  // What it takes of the workspace.
+  std::size_t bytes() const {
+    return Workspace::bytes_for<Element>(ih_count()) + Workspace::bytes_for<Element>(hh_count()) +
+           Workspace::bytes_for<Real>(bias_count());
+  }
+  void take(Workspace& workspace) {
+    packed_ih_ = workspace.take<Element>(ih_count());
+    packed_hh_ = workspace.take<Element>(hh_count());
+    bias_ = workspace.take<Real>(bias_count());
+    if (needed_) add_biases(bias_count(), layer_.b_ih, layer_.b_hh, bias_);
+  }
+
+  // Packs this thread's share of the weights. Everybody's is needed by run().
+  void pack_share(Team& team) const {
+    if (!pack_) return;
+    const Columns<Element> columns = this->columns();
+    const Range panels = team.share(columns.panels());
+    pack_columns(columns, panels, layer_.shape.I, layer_.w_ih, packed_ih_);
+    pack_columns(columns, panels, layer_.shape.H, layer_.w_hh, packed_hh_);
+  }
+
+  // This thread's part of the gates of the steps p in `steps`.
+  void run(Team& team, Range steps, const StepRing<Real>& gates, Real* buffer) const {
+    const Index I = layer_.shape.I, H = layer_.shape.H;
+    if (pack_)
+      return multiply(team, steps, Packed<Element>{columns(), I, packed_ih_},
+                      Packed<Element>{columns(), H, packed_hh_}, gates, buffer);
+    multiply(team, steps, UnpackedColumns<Element>{columns(), I, layer_.w_ih},
+             UnpackedColumns<Element>{columns(), H, layer_.w_hh}, gates, buffer);
+  }
+
+ private:
+  Columns<Element> columns() const { return {layer_.shape.H, 4}; }
+  Index ih_count() const { return pack_ ? Packed<Element>::size(columns(), layer_.shape.I) : 0; }
+  Index hh_count() const { return pack_ ? Packed<Element>::size(columns(), layer_.shape.H) : 0; }
+  Index bias_count() const { return needed_ ? columns().count() : 0; }
+
+  template <class Right>
+  void multiply(Team& team, Range steps, const Right& w_ih, const Right& w_hh, const StepRing<Real>& gates,
+                Real* buffer) const {
+    constexpr Index width = Vec<Real>::width;
+    const Index H = layer_.shape.H;
+    const StepInputs<Storage> inputs{layer_, truncation_, steps};
+    // Threads share the longer side.
+    const bool by_rows = inputs.rows() >= row_block * team.size || inputs.rows() >= columns().count();
+    const Range part = by_rows ? team.share(inputs.rows()) : Range{0, inputs.rows()};
+    const Range all_vectors{0, columns().unit_vectors()};
+    const Range vectors = by_rows ? all_vectors : team.share(all_vectors.end);
+
+    const Index blocks = ceil_div(part.size(), row_block);
+    for (Index block = 0; block < blocks; ++block) {
+      const Range own = share(part.size(), block, blocks);
+      const Element *x[row_block], *h[row_block];
+      Real *x_sums[row_block], *h_sums[row_block], *row[row_block];
+      for (Index r = 0; r < own.size(); ++r) {
+        const Index k = part.begin + own.begin + r;
+        x[r] = as_elements(inputs.x(k));
+        h[r] = as_elements(inputs.h_prev(k));
+        x_sums[r] = buffer + r * panel_width<Element>;
+        h_sums[r] = x_sums[r] + row_block * panel_width<Element>;
+        row[r] = gates.at(inputs.step(k)) + inputs.batch_row(k) * 4 * H;
+      }
+      for_each_piece(columns(), vectors, false, [&](Piece piece) {
+        w_ih.multiply(own.size(), piece, x, {x_sums, width, false});
+        w_hh.multiply(own.size(), piece, h, {h_sums, width, false});
+        const Index unit = piece.panel * width;
+        for (Index r = 0; r < own.size(); ++r)
+          finish(x_sums[r], h_sums[r], row[r] + unit, unit, std::min(width, H - unit));
+      });
+    }
+  }
+
+  // The gates of one vector of units, from the sums of their products.
+  RNNFAST_INLINE void finish(const Real* x_sums, const Real* h_sums, Real* to, Index unit, Index lanes) const {
+    using V = Vec<Real>;
+    const Index H = layer_.shape.H;
+    const auto preactivation = [&](Index gate) RNNFAST_LAMBDA {
+      return V::load(x_sums + gate * V::width) + V::load(h_sums + gate * V::width) +
+             V::load(bias_ + gate * H + unit, lanes);
+    };
+    LstmGates<V> gate{preactivation(0), preactivation(1), preactivation(2), preactivation(3)};
+    lstm_gates(gate);
+    gate.i.store(to, lanes);
+    gate.f.store(to + H, lanes);
+    gate.g.store(to + 2 * H, lanes);
+    gate.o.store(to + 3 * H, lanes);
+  }
+
+  const LayerBackward<Storage>& layer_;
+  const Truncation& truncation_;
+  const bool needed_, pack_;
+  Element *packed_ih_ = nullptr, *packed_hh_ = nullptr;
+  Real* bias_ = nullptr;
+};
+
+}  // namespace rnnfast::cpu::RNNFAST_ISA

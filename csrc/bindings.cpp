@@ -63,18 +63,18 @@ void layer_forward(std::string_view cell, Index T, Index B, Index I, Index H, bo
 template <class Storage>
 void layer_backward(std::string_view cell, Index T, Index B, Index I, Index H, bool reverse, int threads,
                     Index k1, Index k2, Address dy, Address dh_n, Address dc_n, Address dc, Address x,
-                    Address w_ih, Address w_hh, Address b_ih, Address b_hh, Address h0, Address c0,
-                    Address y, Address c, Address gates, Address dx, Address dw_ih, Address dw_hh, Address db, Address dh0,
+                    Address w_ih, Address w_hh, Address h0, Address c0, Address y, Address c,
+                    Address gates, Address dx, Address dw_ih, Address dw_hh, Address db, Address dh0,
                     Address dc0, Address da, Address da_windows,
-                    Address da_sums) {
+                    Address da_sums, Address b_ih, Address b_hh) {
   using Real = RealOf<Storage>;
   const LayerBackward<Storage> layer{
       {cell_named(cell), T, B, I, H, reverse, threads},
       k1,              k2,              at<Storage>(dy),    at<Storage>(dh_n),  at<Real>(dc_n),
-      at<Real>(dc),    at<Storage>(x),     at<Storage>(w_ih),  at<Storage>(w_hh),  at<Storage>(b_ih),
-      at<Storage>(b_hh), at<Storage>(h0),  at<Real>(c0),       at<Storage>(y),     at<Real>(c),
-      at<Real>(gates), at<Storage>(dx),    at<Storage>(dw_ih), at<Storage>(dw_hh), at<Storage>(db),
-      at<Storage>(dh0), at<Real>(dc0),     at<Storage>(da),    at<Storage>(da_windows), at<Real>(da_sums)};
+      at<Real>(dc),    at<Storage>(x),     at<Storage>(w_ih),  at<Storage>(w_hh),  at<Storage>(h0),
+      at<Real>(c0),    at<Storage>(y),     at<Real>(c),     at<Real>(gates), at<Storage>(dx),
+      at<Storage>(dw_ih), at<Storage>(dw_hh), at<Storage>(db),    at<Storage>(dh0),   at<Real>(dc0),
+      at<Storage>(da),    at<Storage>(da_windows), at<Real>(da_sums), at<Storage>(b_ih), at<Storage>(b_hh)};
   require(check(layer));
   cpu::kernels().of<Storage>().backward(layer);
 }

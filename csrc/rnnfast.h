@@ -89,13 +89,11 @@ struct LayerBackward {
   const Storage* x;     // input  (T, B, I)
   const Storage* w_ih;  // input  (G*H, I)
   const Storage* w_hh;  // input  (G*H, H)
-  const Storage* b_ih;  // input  (G*H)        read only where gates are computed again; may be null: zero
-  const Storage* b_hh;  // input  (G*H)        likewise
   const Storage* h0;    // input  (B, H)
   const Real* c0;       // input  (B, H)       LSTM only, else null
   const Storage* y;     // saved  (T, B, H)    as the forward pass left it
   const Real* c;        // saved  (T, B, H)    LSTM only, else null
-  const Real* gates;    // saved  (T, B, 4, H) LSTM only, else null; null: computed again, from x and y
+  const Real* gates;    // saved  (T, B, 4, H) LSTM only, else null; null: computed again, see below
 
   Storage* dx;     // output  (T, B, I)     may be null: not wanted
   Storage* dw_ih;  // output  (G*H, I)      may be null: not wanted
@@ -109,6 +107,10 @@ struct LayerBackward {
   Storage* da_windows;  // scratch (2, N*B, G*H)   the same, of each window; only when k2 > k1, else null
   Real* da_sums;        // scratch (T, B, G*H)     the same, added up over windows; only when k2 > k1 and
                         //                         Storage is not Real, else null
+
+  // Only where an LSTM's gates are computed again, from x and y.
+  const Storage* b_ih;  // input   (4*H)       may be null: zero
+  const Storage* b_hh;  // input   (4*H)       may be null: zero
 };
 
 // The recurrence alone, for a backend that leaves the products over all steps to somebody else's GEMM.

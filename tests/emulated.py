@@ -53,6 +53,6 @@ def emulating(seed: int = 1, **properties):
         native.set_device(device())
 
 
-def run(case: Case, dtype: torch.dtype, method: str = "") -> dict[str, Tensor]:
+def run(case: Case, dtype: torch.dtype, method: str = "", keep: str = "all") -> dict[str, Tensor]:
     """Outputs and gradients of a layer by name, as `one_layer.by_operator` gives them."""
-    return by_layers(cuda_ops.Layers(native, method), case, dtype)
+    return by_layers(cuda_ops.Layers(native, method), case, dtype, keep=keep)

@@ -79,6 +79,7 @@ def test_training_tells_what_it_does(rnnfast, text, tmp_path):
     [
         "--model rnn --nonlinearity relu --level byte --optimizer sgd --lr 0.1 --clip 0",
         "--level word --vocab-size 5 --tied --dropout 0.1 --schedule cosine --epochs 1",
+        "--model lstm --memory low",
         "--backend torch --dtype float64 --emsize 4 --seed 3 --device cpu --max-minutes 1",
         "--backend reference --eval-tokens 10 --log-interval 1",
     ],

@@ -179,6 +179,23 @@ def test_weights_that_are_not_finite_reach_what_they_touch(case):
     assert dh0[:, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("lstm", 5, 3, 4, 9),
+        Case("lstm", 1, 2, 0, 17, biases="none"),
+        Case("lstm", 6, 9, 2, 20, reverse=True, biases="input", layout="strided"),
+        Case("lstm", 7, 2, 3, 5, truncate=(2, 3), biases="hidden"),
+        Case("lstm", 0, 3, 2, 4, upstream=("h_n", "c_n")),
+    ],
+    ids=str,
+)
+def test_gates_computed_again(case, dtype):
+    with emulating(**SMALL):
+        assert_results(case, run(case, dtype, keep="cells"), by_reference(case, dtype))
+
+
 @pytest.mark.parametrize("sizes", [(0, 3, 2, 4), (3, 0, 2, 4)], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])
 def test_nothing_to_do(cell, sizes):

@@ -106,9 +106,27 @@ def test_a_model_trained_with_one_backend_runs_with_the_others():
         assert_close(model(tokens)[0], expected, K=16, T=6)
 
 
+def test_less_memory_changes_no_bit_of_the_training():
+    losses = []
+    for memory in ("normal", "low"):
+        torch.manual_seed(0)
+        model = LanguageModel(V, nhid=8, emsize=8, nlayers=2, memory=memory)
+        assert model.recurrent.memory == memory
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tokens, state = torch.randint(V, (6, 3)), None
+        for _ in range(3):
+            loss, _, state = train_step(model, optimizer, tokens, tokens, state, clip=1.0)
+            losses.append(loss)
+    assert losses[:3] == losses[3:]
+    # Who else computes the layers has one way only.
+    LanguageModel(V, nhid=8, backend="torch", memory="low")
+    LanguageModel(V, nhid=8, cell="rnn", memory="low")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"memory": "least"}, "memory must be 'normal' or 'low', got 'least'"),
         ({"bidirectional": True}, "bidirectional makes no sense .* tokens that are to be predict"),
         ({"tied": True, "emsize": 8, "nhid": 9}, "emsize is 8 and nhid is 9"),
         ({"nlayers": 0}, "nlayers is 0; it must be at least 1"),

@@ -143,6 +143,10 @@ def train(
         Literal["rnnfast", "torch", "reference"],
         typer.Option(help="Who computes the recurrent layers."),
     ] = DEFAULT.backend,
+    memory: Annotated[
+        Literal["normal", "low"],
+        typer.Option(help="Of --model lstm: low keeps less for the way back, and is slower."),
+    ] = DEFAULT.memory,
 ) -> int:
     """Train a language model, test it, and let it write a sample.
 

@@ -109,10 +109,10 @@ def backward(
     getattr(core, _BACKWARD[x.dtype])(
         cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2,
         _address(dy), _address(dh_n), _address(dc_n), _address(dc),
-        x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh),
-        h0.data_ptr(), _address(c0), y.data_ptr(), _address(c), _address(gates),
+        x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), h0.data_ptr(), _address(c0),
+        y.data_ptr(), _address(c), _address(gates),
         _address(dx), _address(dw_ih), _address(dw_hh), _address(db),
         _address(dh0), _address(dc0), _address(da), _address(da_windows),
-        _address(da_sums),
+        _address(da_sums), _address(b_ih), _address(b_hh),
     )  # fmt: skip
     return dx, dh0, dc0, dw_ih, dw_hh if want_w_hh else None, db

@@ -11,6 +11,7 @@ from torch import nn
 
 BACKENDS = ("rnnfast", "torch", "reference")
 CELLS = ("lstm", "rnn")
+MEMORY = ("normal", "low")
 
 
 def recurrent_class(cell: str, backend: str) -> type[nn.RNNBase]:

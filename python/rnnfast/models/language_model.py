@@ -37,6 +37,7 @@ class LanguageModel(nn.Module):
             decoder (Zaremba et al. 2014: never on the way from step to step).
         tied: the decoder uses the embedding's matrix (Press & Wolf 2017).
         backend: `rnnfast`, `torch` or `reference`: who computes the recurrent stack.
+        memory: of an `lstm` by `rnnfast`, see there: `normal` or `low`; the others know none.
         bidirectional: must be False, see below.
         device, dtype: of all parameters.
 
@@ -58,6 +59,7 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
         tied: bool = False,
         backend: str = "rnnfast",
+        memory: str = "normal",
         bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -89,6 +91,8 @@ class LanguageModel(nn.Module):
         options = {"num_layers": nlayers, "dropout": between_layers} | placement
         if cell == "rnn":
             options["nonlinearity"] = nonlinearity
+        elif backend == "rnnfast":
+            options["memory"] = memory
         self.recurrent = recurrent_class(cell, backend)(emsize, nhid, **options)
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.Linear(nhid, vocabulary_size, **placement)

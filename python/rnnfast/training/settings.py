@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.backends import BACKENDS, CELLS
+from ..models.backends import BACKENDS, CELLS, MEMORY
 from ..models.language_model import LanguageModel
 from ..text.vocabulary import LEVELS
 
@@ -30,11 +30,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "dtype": tuple(DTYPES),
     "backend": BACKENDS,
+    "memory": MEMORY,
 }
 # What may change when a run is resumed: how far it goes and on what it is computed. Any other
 # change would make it another run.
 RESUMABLE = frozenset(
-    {"data", "epochs", "max_steps", "max_minutes", "log_interval", "backend", "device"}
+    {"data", "epochs", "max_steps", "max_minutes", "log_interval", "backend", "memory", "device"}
 )
 SMALLEST = {
     "vocab_size": 3,
@@ -96,6 +97,7 @@ class TrainSettings:
         device: `cpu`, `cuda`, `cuda:1`, ...
         dtype: `float32` or `float64`.
         backend: `rnnfast`, `torch` or `reference`.
+        memory: of an `lstm` by `rnnfast`: `low` keeps less for the backward pass and takes longer.
     """
 
     data: tuple[str, ...] = ()
@@ -126,6 +128,7 @@ class TrainSettings:
     device: str = "cpu"
     dtype: str = "float32"
     backend: str = "rnnfast"
+    memory: str = "normal"
 
     def check(self) -> None:
         """Refuses settings out of range.
@@ -217,6 +220,7 @@ def build_model(
             dropout=settings.dropout,
             tied=settings.tied,
             backend=settings.backend,
+            memory=settings.memory,
             bidirectional=settings.bidirectional,
             device=device or settings.device,
             dtype=DTYPES[settings.dtype],

@@ -271,7 +271,9 @@ void products(Team& team, const LayerBackward<Storage>& layer, const Truncation&
   const Index GH = gate_count(layer.shape.cell) * H;
   const StepInputs<Storage> inputs{layer, truncation, steps};
   const Index rows = inputs.rows();
-  const auto da_of = [&](Index k) -> const Storage* { return da.at(inputs.step(k)) + inputs.batch_row(k) * GH; };
+  const auto da_of = [&](Index k) -> const Storage* {
+    return da.at(inputs.step(k)) + inputs.batch_row(k) * GH;
+  };
   if (layer.dx) {
     const Columns<Element>& columns = w_ih.columns;
     // Threads share the longer side.
@@ -354,8 +356,8 @@ void run_backward(const LayerBackward<Storage>& layer) {
   Workspace& workspace = Workspace::with_room(
       Workspace::bytes_for<Element>(ih_count) + Workspace::bytes_for<Element>(hh_count) +
       Workspace::bytes_for<Storage>(GH) + 2 * bytes(starts * H) + bytes(carry_count) +
-      Workspace::bytes_for<Storage>(da_count) + bytes(gates_count) + recompute.bytes() + bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(db_count) +
-      bytes(buffer_count * plan.threads));
+      Workspace::bytes_for<Storage>(da_count) + bytes(gates_count) + recompute.bytes() +
+      bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(db_count) + bytes(buffer_count * plan.threads));
   Element* packed_ih = workspace.take<Element>(ih_count);
   Element* packed_hh = workspace.take<Element>(hh_count);
   BackwardScratch<Storage> scratch{};

@@ -1,8 +1,8 @@
 // The gates of an LSTM layer computed again, for a backward pass whose forward pass has not kept them.
 //
-// Every h is known by then, so nothing is sequential: the rows of many steps go through both products at once.
-// Bound by the FMA units; a third more arithmetic in training, for 4H numbers a step and row that need not
-// be kept. Sums are taken as the forward pass takes them (forward.h), so the gates are the same bits.
+// Every h is known by then, so nothing is sequential: the rows of many steps go through both products at
+// once. Bound by the FMA units; a third more arithmetic in training, for 4H numbers a step and row that need
+// not be kept. Sums are taken as the forward pass takes them (forward.h), so the gates are the same bits.
 #pragma once
 
 #include "forward.h"
@@ -101,7 +101,8 @@ class GateRecompute {
   }
 
   // The gates of one vector of units, from the sums of their products.
-  RNNFAST_INLINE void finish(const Real* x_sums, const Real* h_sums, Real* to, Index unit, Index lanes) const {
+  RNNFAST_INLINE void finish(const Real* x_sums, const Real* h_sums, Real* to, Index unit,
+                             Index lanes) const {
     using V = Vec<Real>;
     const Index H = layer_.shape.H;
     const auto preactivation = [&](Index gate) RNNFAST_LAMBDA {

@@ -163,7 +163,7 @@ def _run(
         return None
     if needs_grad:
         if keep == "nothing":
-            return None
+            return None  # the operator refuses when the gradient is asked for
         k1, k2 = ops.window(sizes[0], k1, k2)
         return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
     keep = "cells" if cells else "nothing"

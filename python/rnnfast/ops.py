@@ -168,7 +168,7 @@ def _wants_and_biases(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[tuple[bool, ...], tuple[Tensor | None, Tensor | None]]:
-    """The end of lstm_layer_backward's schema: what is wanted, and w's biases, for lost gates."""
+    """The end of lstm_layer_backward's schema: what is wanted, and biases if gates are None."""
     return (want_x, want_w_ih, want_w_hh, want_b), (b_ih, b_hh)
 
 

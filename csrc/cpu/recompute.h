@@ -26,7 +26,7 @@ class GateRecompute {
   bool needed() const { return needed_; }
 
   // A thread's scratch, in numbers.
-  static constexpr Index buffer_count = 2 * row_block * panel_width<Element>;
+  static constexpr Index buffer_count = row_block * panel_width<Element>;
 
   // What it takes of the workspace.
   std::size_t bytes() const {
@@ -81,33 +81,30 @@ class GateRecompute {
     for (Index block = 0; block < blocks; ++block) {
       const Range own = share(part.size(), block, blocks);
       const Element *x[row_block], *h[row_block];
-      Real *x_sums[row_block], *h_sums[row_block], *row[row_block];
+      Real *sums[row_block], *row[row_block];
       for (Index r = 0; r < own.size(); ++r) {
         const Index k = part.begin + own.begin + r;
         x[r] = as_elements(inputs.x(k));
         h[r] = as_elements(inputs.h_prev(k));
-        x_sums[r] = buffer + r * panel_width<Element>;
-        h_sums[r] = x_sums[r] + row_block * panel_width<Element>;
+        sums[r] = buffer + r * panel_width<Element>;
         row[r] = gates.at(inputs.step(k)) + inputs.batch_row(k) * 4 * H;
       }
       for_each_piece(columns(), vectors, false, [&](Piece piece) {
-        w_ih.multiply(own.size(), piece, x, {x_sums, width, false});
-        w_hh.multiply(own.size(), piece, h, {h_sums, width, false});
+        w_ih.multiply(own.size(), piece, x, {sums, width, false});
+        w_hh.multiply(own.size(), piece, h, {sums, width, true});
         const Index unit = piece.panel * width;
         for (Index r = 0; r < own.size(); ++r)
-          finish(x_sums[r], h_sums[r], row[r] + unit, unit, std::min(width, H - unit));
+          finish(sums[r], unit, std::min(width, H - unit), row[r] + unit);
       });
     }
   }
 
   // The gates of one vector of units, from the sums of their products.
-  RNNFAST_INLINE void finish(const Real* x_sums, const Real* h_sums, Real* to, Index unit,
-                             Index lanes) const {
+  RNNFAST_INLINE void finish(const Real* sums, Index unit, Index lanes, Real* to) const {
     using V = Vec<Real>;
     const Index H = layer_.shape.H;
     const auto preactivation = [&](Index gate) RNNFAST_LAMBDA {
-      return V::load(x_sums + gate * V::width) + V::load(h_sums + gate * V::width) +
-             V::load(bias_ + gate * H + unit, lanes);
+      return V::load(sums + gate * V::width) + V::load(bias_ + gate * H + unit, lanes);
     };
     LstmGates<V> gate{preactivation(0), preactivation(1), preactivation(2), preactivation(3)};
     lstm_gates(gate);

@@ -1,12 +1,12 @@
 """The check that comes before every timing: a kernel that is wrong must not be fast.
 
-The yardstick is torch in float64. Two correct programs in the same precision differ from it by
-rounding only, and rounding errors of independent origin add up like a random walk: a sum of n terms
-carries a relative error near u*sqrt(n) (u: unit roundoff; Higham & Mary 2019). How far the
-recurrence amplifies that depends on the weights, and torch's own error measures it. So the error
-allowed is a small multiple of the larger of the two. Errors are compared in the 2-norm over a whole
-tensor: a single wrong entry among a million of equal size is 1e-3, far above what rounding leaves
-in float32.
+The yardstick is torch, or the textbook, in float64. Two correct programs in the same precision
+differ from it by rounding only, and rounding errors of independent origin add up like a random
+walk: a sum of n terms carries a relative error near u*sqrt(n) (u: unit roundoff; Higham & Mary
+2019). How far the recurrence amplifies that depends on the weights, and the error of a trusted
+program in the same precision measures it. So the error allowed is a small multiple of the larger of
+the two. Errors are compared in the 2-norm over a whole tensor: a single wrong entry among a million
+of equal size is 1e-3, far above what rounding leaves in float32.
 """
 
 from __future__ import annotations
@@ -28,33 +28,39 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class DisagreementError(Exception):
-    """rnnfast computed something else than torch."""
+    """A candidate computed something else."""
 
 
 def check_agreement(
-    what: str, rnnfast: Tensors, torch_nn: Tensors, exact: Tensors, terms: int
+    what: str,
+    computed: Tensors,
+    trusted: Tensors,
+    exact: Tensors,
+    terms: int,
+    whose: str = "rnnfast",
 ) -> None:
-    """Compares every named tensor of rnnfast with float64.
+    """Compares every named tensor of a candidate with float64.
 
     Args:
         what: the thing compared, for the error message.
-        rnnfast: results of rnnfast by name.
-        torch_nn: results of torch in the same precision.
-        exact: results of torch in float64.
+        computed: results of the candidate by name.
+        trusted: results of torch, or of the textbook, in the same precision.
+        exact: the same in float64.
         terms: the longest sum that any result goes through.
+        whose: the candidate, for the error message.
 
     Raises:
         DisagreementError: an error is larger than rounding explains, or is NaN.
     """
     for name, value in exact.items():
-        unit_roundoff = torch.finfo(rnnfast[name].dtype).eps / 2
+        unit_roundoff = torch.finfo(computed[name].dtype).eps / 2
         allowed = SAFETY * max(
-            relative_error(torch_nn[name], value), unit_roundoff * math.sqrt(terms)
+            relative_error(trusted[name], value), unit_roundoff * math.sqrt(terms)
         )
-        error = relative_error(rnnfast[name], value)
+        error = relative_error(computed[name], value)
         if not error <= allowed:
             raise DisagreementError(
-                f"{what}: {name} of rnnfast is off by {error:.2g} relative to float64, "
+                f"{what}: {name} of {whose} is off by {error:.2g} relative to float64, "
                 f"rounding explains at most {allowed:.2g}"
             )
 

@@ -32,11 +32,12 @@ def markdown(run: Run, detail: str = "summary") -> str:
     parts = [tables.caption(run)]
     for table in (layer_table(run), tables.mean_table(run), tables.step_table(run)):
         if table.rows:
-            parts.append(_markdown_table(table))
+            parts.append(markdown_table(table))
     return "\n\n".join([*parts, tables.legend(run)])
 
 
-def _markdown_table(table: tables.Table) -> str:
+def markdown_table(table: tables.Table) -> str:
+    """A table in Markdown, numbers aligned to the right."""
     alignment = ["---" if column < table.labels else "--:" for column in range(len(table.headings))]
     lines = [table.headings, alignment, *table.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -54,6 +55,12 @@ def replace_between_markers(text: str, content: str, name: str) -> str:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def write_between_markers(path: Path, content: str) -> None:
+    """Replaces the tables of a file; MarkerError where it has no place for them."""
+    text = replace_between_markers(path.read_text(encoding="utf-8"), content, str(path))
+    path.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,8 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.check_peak()
         content = markdown(run, options.detail)
         for path in options.write:
-            text = replace_between_markers(path.read_text(encoding="utf-8"), content, str(path))
-            path.write_text(text, encoding="utf-8")
+            write_between_markers(path, content)
         if options.pictures:
             pictures.draw_all(run, options.pictures)
     except (

@@ -37,12 +37,12 @@ def _layer_row(run: Run, result: LayerResult) -> tuple[str, ...]:
     return (
         _shape_name(result),
         result.mode,
-        _time_and_spread(result.timings["torch"]),
+        time_and_spread(result.timings["torch"]),
         *(
-            _time_and_spread(result.timings[name]) if name in result.timings else ""
+            time_and_spread(result.timings[name]) if name in result.timings else ""
             for name in run.other_peers
         ),
-        _time_and_spread(ours),
+        time_and_spread(ours),
         significant(rate / 1e9),
         percent(rate / run.peaks.flops),
         milliseconds(floor.seconds),
@@ -53,7 +53,8 @@ def _layer_row(run: Run, result: LayerResult) -> tuple[str, ...]:
     )
 
 
-def _time_and_spread(timing: Timing) -> str:
+def time_and_spread(timing: Timing) -> str:
+    """Median in milliseconds, and half the distance between the quartiles."""
     return f"{milliseconds(timing.median)} ± {percent(timing.spread / 2)}"
 
 

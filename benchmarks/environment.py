@@ -69,9 +69,14 @@ def measure_peaks(shapes: Iterable[Shape], threads: int, dtype: str) -> Peaks:
     return Peaks(
         threads=threads,
         dtype=dtype,
-        flops=max(_native.fma_peak(threads, torch_dtype) for _ in range(READINGS)),
+        flops=_fma_peak(threads, torch_dtype),
         bandwidth={
             size: max(_native.read_bandwidth(size // threads, threads) for _ in range(READINGS))
             for size in sizes
         },
+        float32_flops=_fma_peak(threads, torch.float32) if dtype == "bfloat16" else None,
     )
+
+
+def _fma_peak(threads: int, dtype: torch.dtype) -> float:
+    return max(_native.fma_peak(threads, dtype) for _ in range(READINGS))

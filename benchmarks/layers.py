@@ -10,6 +10,7 @@ import torch
 
 from . import peers
 from .agreement import check_agreement, check_peer
+from .results import OWN_FLOAT32
 from .shapes import GATES, Shape, is_step
 from .timing import Call
 
@@ -22,7 +23,8 @@ LAYERS = {
 class LayerProblem:
     """One shape: the same weights, input x (T, B, I) and output gradient dy (T, B, H) for all.
 
-    A module for one step gets x (B, I), dy (B, H) and the state a loop over steps would carry.
+    A module for one step gets x (B, I), dy (B, H) and the state a loop over steps would carry. In
+    bfloat16 rnnfast stands here a second time, in float32 on the same numbers.
 
     Args:
         shape: of the layer.
@@ -47,6 +49,8 @@ class LayerProblem:
             for name, classes in LAYERS.items()
         }
         self.layers["rnnfast"].load_state_dict(self.layers["torch"].state_dict())
+        if dtype == torch.bfloat16:
+            self.layers[OWN_FLOAT32] = copy.deepcopy(self.layers["rnnfast"]).float()
         self.x = torch.randn(shape.steps, shape.batch, shape.input_size, dtype=dtype)
         self.dy = torch.randn(shape.steps, shape.batch, shape.hidden_size, dtype=dtype)
         if is_step(shape.cell):
@@ -59,7 +63,7 @@ class LayerProblem:
         }
 
     def calls(self, mode: str) -> dict[str, Call]:
-        """The call to be timed for torch, rnnfast and, forward, every other peer."""
+        """The calls to be timed: torch, rnnfast, its own float32 and, forward, other peers."""
         make = {"forward": self._forward_call, "training": self._training_call}[mode]
         calls = {name: make(layer) for name, layer in self.layers.items()}
         if mode == "forward":
@@ -68,22 +72,20 @@ class LayerProblem:
 
     def check(self, mode: str) -> None:
         """Raises DisagreementError where results differ by more than rounding."""
-        layers = {**self.layers, "exact": copy.deepcopy(self.layers["torch"]).double()}
-        computed = {name: self._results(layer, mode) for name, layer in layers.items()}
+        computed = {name: self._results(layer, mode) for name, layer in self.layers.items()}
+        exact = self._results(copy.deepcopy(self.layers["torch"]).double(), mode)
         # The longest sums: a gate over its inputs, dh over gates, a weight gradient over rows.
         terms = self.shape.input_size + self.shape.hidden_size
         if mode == "training":
             terms += self.shape.gates * self.shape.hidden_size + self.shape.steps * self.shape.batch
-        check_agreement(
-            f"{self.shape} {mode}",
-            computed["rnnfast"],
-            computed["torch"],
-            computed["exact"],
-            terms,
-        )
+        what = f"{self.shape} {mode}"
+        check_agreement(what, computed["rnnfast"], computed["torch"], exact, terms)
+        if OWN_FLOAT32 in computed:
+            trusted = self._results(copy.deepcopy(self.layers["torch"]).float(), mode)
+            check_agreement(what, computed[OWN_FLOAT32], trusted, exact, terms, whose=OWN_FLOAT32)
         if mode == "forward":
             for name, peer in self.peers.items():
-                check_peer(f"{self.shape} {mode}", name, peer.outputs(), computed["exact"])
+                check_peer(what, name, peer.outputs(), exact)
 
     def _state(self, dtype: torch.dtype) -> tuple:
         """The state as an argument, if there is to be one."""
@@ -91,7 +93,7 @@ class LayerProblem:
         return {"LSTMCell": ((h, c),), "RNNCell": (h,)}.get(self.shape.cell, ())
 
     def _results(self, layer: torch.nn.Module, mode: str) -> dict[str, torch.Tensor]:
-        dtype = next(layer.parameters()).dtype
+        dtype = _dtype(layer)
         x, dy = self.x.detach().to(dtype), self.dy.to(dtype)
         if mode == "forward":
             with torch.no_grad():
@@ -105,7 +107,8 @@ class LayerProblem:
         return {**_named_outputs(outputs), **dict(named_gradients)}
 
     def _forward_call(self, layer: torch.nn.Module) -> Call:
-        arguments = (self.x, *self._state(self.x.dtype))
+        dtype = _dtype(layer)
+        arguments = (self.x.to(dtype), *self._state(dtype))
 
         def call() -> object:
             with torch.no_grad():
@@ -114,8 +117,10 @@ class LayerProblem:
         return call
 
     def _training_call(self, layer: torch.nn.Module) -> Call:
-        x = self.x.clone().requires_grad_()
-        arguments = (x, *self._state(x.dtype))
+        dtype = _dtype(layer)
+        x = self.x.to(dtype, copy=True).requires_grad_()
+        dy = self.dy.to(dtype)
+        arguments = (x, *self._state(dtype))
         gives_pair = self.shape.cell != "RNNCell"
         parameters = list(layer.parameters())
         # In training every step changes the weights, so nothing derived from them may be kept from
@@ -127,9 +132,13 @@ class LayerProblem:
             torch._foreach_mul_(first_entries, 1.0)
             outputs = layer(*arguments)
             y = outputs[0] if gives_pair else outputs
-            return torch.autograd.grad(y, [x, *parameters], self.dy)
+            return torch.autograd.grad(y, [x, *parameters], dy)
 
         return call
+
+
+def _dtype(layer: torch.nn.Module) -> torch.dtype:
+    return next(layer.parameters()).dtype
 
 
 def _flat(outputs: torch.Tensor | tuple) -> list[torch.Tensor]:

@@ -24,12 +24,14 @@ class Peaks:
         flops: floating-point operations per second, every FMA counted as two.
         bandwidth: bytes of W_hh -> bytes per second at which all threads together read it again and
             again, each thread its own part, as they do where hidden units are split over threads.
+        float32_flops: beside bfloat16's peak that of float32, else None.
     """
 
     threads: int
     dtype: str
     flops: float
     bandwidth: dict[int, float]
+    float32_flops: float | None = None
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,18 @@ def _side_by_side(xs: list[float]) -> list[float]:
 
 
 def _draw_ceilings(axes: Axes, run: Run, low: float, high: float) -> None:
-    """The FMA peak, and the highest and the lowest bandwidth that any size of W_hh had."""
+    """The FMA peak, and the highest and the lowest bandwidth that any size of W_hh had.
+
+    For bfloat16 its own peak, and that of float32 below it.
+    """
     peak = run.peaks.flops / 1e9
-    axes.plot([low, high], [peak, peak], color="black", linewidth=1, label=f"{peak:.0f} GFLOP/s")
+    label = f"{peak:.0f} GFLOP/s"
+    if run.peaks.float32_flops:
+        label += f", {run.peaks.dtype}"
+        below = run.peaks.float32_flops / 1e9
+        float32_label = f"{below:.0f} GFLOP/s, float32"
+        axes.plot([low, high], [below, below], ":", color="black", linewidth=1, label=float32_label)
+    axes.plot([low, high], [peak, peak], color="black", linewidth=1, label=label)
     sizes = sorted(run.peaks.bandwidth, key=run.peaks.bandwidth.__getitem__)
     for size, line in {sizes[-1]: "-.", sizes[0]: "--"}.items():
         bandwidth = run.peaks.bandwidth[size] / 1e9

@@ -19,6 +19,9 @@ from .timing import Timing, ratio
 
 FORMAT = 1
 
+# rnnfast in float32, timed in a run of bfloat16 beside rnnfast itself.
+OWN_FLOAT32 = "rnnfast float32"
+
 # Clock rates drift by some percent between the measurement of the peak and that of a layer.
 HIGHEST_SHARE = 1.1
 
@@ -33,7 +36,7 @@ class ImplausiblePeakError(Exception):
 
 @dataclass(frozen=True)
 class Compared:
-    """Timings of "torch", "rnnfast" and perhaps other peers on the same work."""
+    """Timings of "torch", "rnnfast", and perhaps OWN_FLOAT32 and other peers on the same work."""
 
     timings: dict[str, Timing]
 
@@ -45,13 +48,18 @@ class Compared:
     @property
     def best_peer(self) -> str:
         """The fastest candidate that is not rnnfast."""
-        peers = self.timings.keys() - {"rnnfast"}
+        peers = self.timings.keys() - {"rnnfast", OWN_FLOAT32}
         return min(sorted(peers), key=lambda name: self.timings[name].median)
 
     @property
     def ratio_to_best(self) -> float:
         """Time of the best peer over time of rnnfast."""
         return ratio(self.timings, self.best_peer, "rnnfast")
+
+    @property
+    def ratio_to_float32(self) -> float:
+        """Time of rnnfast in float32 over its time in bfloat16."""
+        return ratio(self.timings, OWN_FLOAT32, "rnnfast")
 
 
 @dataclass(frozen=True)
@@ -110,14 +118,19 @@ class Run:
     def other_peers(self) -> list[str]:
         """Peers besides torch that any layer was timed with."""
         names = dict.fromkeys(name for result in self.layers for name in result.timings)
-        return [name for name in names if name not in ("torch", "rnnfast")]
+        return [name for name in names if name not in ("torch", "rnnfast", OWN_FLOAT32)]
 
-    def geometric_means(self, to_best: bool = False) -> dict[tuple[str, str], float]:
-        """Mean ratio, to torch or to the best peer, by cell and mode, ordered as the results."""
+    @property
+    def has_own_float32(self) -> bool:
+        """Whether rnnfast was timed in float32 too, as it is in a run of bfloat16."""
+        return any(OWN_FLOAT32 in result.timings for result in self.layers)
+
+    def geometric_means(self, of: str = "ratio") -> dict[tuple[str, str], float]:
+        """Mean of a ratio of LayerResult by cell and mode, ordered as the results."""
         ratios: dict[tuple[str, str], list[float]] = {}
         for result in self.layers:
             of_kind = ratios.setdefault((result.shape.cell, result.mode), [])
-            of_kind.append(result.ratio_to_best if to_best else result.ratio)
+            of_kind.append(getattr(result, of))
         return {key: statistics.geometric_mean(values) for key, values in ratios.items()}
 
 
@@ -165,4 +178,5 @@ def _timings(item: dict[str, Any]) -> dict[str, Timing]:
 def _peaks(item: dict[str, Any]) -> Peaks:
     # JSON knows only strings as keys.
     bandwidth = {int(size): rate for size, rate in item["bandwidth"].items()}
-    return Peaks(item["threads"], item["dtype"], item["flops"], bandwidth)
+    float32_flops = item.get("float32_flops")
+    return Peaks(item["threads"], item["dtype"], item["flops"], bandwidth, float32_flops)

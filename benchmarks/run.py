@@ -113,7 +113,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"torch and any of {', '.join(peers.NAMES)}, with commas between",
     )
     parser.add_argument("--lm", action="store_true", help="language models too (as in full)")
-    parser.add_argument("--dtype", choices=tuple(ITEMSIZE), default="float32")
+    parser.add_argument(
+        "--dtype", choices=tuple(ITEMSIZE), default="float32",
+        help="with bfloat16 rnnfast is timed in float32 too",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, help="OpenMP threads; torch's default if left out")
     parser.add_argument("--rounds", type=int, default=timing.ROUNDS, help="blocks per candidate")
     parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and block order")
@@ -175,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         results.save(run, options.json)
     # Cells cut off by a narrow terminal or a pipe would lose digits; wrapped lines lose none.
-    width = TABLE_WIDTH + PEER_WIDTH * len(run.other_peers)
+    width = TABLE_WIDTH + PEER_WIDTH * (len(run.other_peers) + 2 * run.has_own_float32)
     print_run(run, Console(width=max(Console().width, width)))
     try:
         run.check_peak()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from .results import LayerResult, Run
+from .results import OWN_FLOAT32, LayerResult, Run
 from .timing import Timing
 
 
@@ -18,39 +19,56 @@ class Table:
     labels: int = 1
 
 
+# A heading, and what stands below it for a layer.
+Column = tuple[str, Callable[[LayerResult], str]]
+
+
 def layer_table(run: Run) -> Table:
     """Every measured number of every shape and mode."""
-    peers = run.other_peers
-    headings = (
-        "T, B, I, H", "mode", "torch.nn ms", *(f"{name} ms" for name in peers), "rnnfast ms",
-        "GFLOP/s", "of peak", "floor ms", "bound", "of floor", "faster",
-        *(["than best"] if peers else []),
-    )  # fmt: skip
-    rows = [_layer_row(run, result) for result in run.layers]
-    return Table("One layer", headings, rows, labels=2)
+
+    def candidate(name: str) -> Column:
+        heading = {"torch": "torch.nn"}.get(name, name) + " ms"
+        return (
+            heading,
+            lambda result: time_and_spread(result.timings[name]) if name in result.timings else "",
+        )
+
+    columns: list[Column] = [
+        ("T, B, I, H", _shape_name),
+        ("mode", lambda result: result.mode),
+        candidate("torch"),
+        *(candidate(name) for name in run.other_peers),
+        *([candidate(OWN_FLOAT32)] if run.has_own_float32 else []),
+        candidate("rnnfast"),
+        ("GFLOP/s", lambda result: significant(result.flops_per_second("rnnfast") / 1e9)),
+        _share_of_peak(run),
+        ("floor ms", lambda result: milliseconds(run.floor(result).seconds)),
+        ("bound", lambda result: run.floor(result).bound),
+        _share_of_floor(run),
+        *_ratios(run, bool(run.other_peers)),
+    ]
+    rows = [tuple(cell(result) for _, cell in columns) for result in run.layers]
+    return Table("One layer", tuple(heading for heading, _ in columns), rows, labels=2)
 
 
-def _layer_row(run: Run, result: LayerResult) -> tuple[str, ...]:
-    ours = result.timings["rnnfast"]
-    rate = result.flops_per_second("rnnfast")
-    floor = run.floor(result)
-    return (
-        _shape_name(result),
-        result.mode,
-        time_and_spread(result.timings["torch"]),
+def _share_of_peak(run: Run) -> Column:
+    return "of peak", lambda r: percent(r.flops_per_second("rnnfast") / run.peaks.flops)
+
+
+def _share_of_floor(run: Run) -> Column:
+    return "of floor", lambda r: percent(run.floor(r).seconds / r.timings["rnnfast"].median)
+
+
+def _ratios(run: Run, with_peers: bool) -> list[Column]:
+    return [
+        ("faster", lambda result: times(result.ratio)),
+        *([("than best", lambda result: times(result.ratio_to_best))] if with_peers else []),
         *(
-            time_and_spread(result.timings[name]) if name in result.timings else ""
-            for name in run.other_peers
+            [("than float32", lambda result: times(result.ratio_to_float32))]
+            if run.has_own_float32
+            else []
         ),
-        time_and_spread(ours),
-        significant(rate / 1e9),
-        percent(rate / run.peaks.flops),
-        milliseconds(floor.seconds),
-        floor.bound,
-        percent(floor.seconds / ours.median),
-        times(result.ratio),
-        *([times(result.ratio_to_best)] if run.other_peers else []),
-    )
+    ]
 
 
 def time_and_spread(timing: Timing) -> str:
@@ -59,46 +77,53 @@ def time_and_spread(timing: Timing) -> str:
 
 
 def summary_table(run: Run) -> Table:
-    """One row per shape: times and ratio of each mode side by side."""
-    modes = list(dict.fromkeys(result.mode for result in run.layers))
+    """One row per shape: times and ratios of each mode side by side."""
     by_shape: dict[str, dict[str, LayerResult]] = {}
     for result in run.layers:
         by_shape.setdefault(_shape_name(result), {})[result.mode] = result
-    # Only some modes are timed with more peers than torch.
-    with_peers = {result.mode for result in run.layers if len(result.timings) > 2}
+    columns = {
+        mode: _summary_columns(run, mode)
+        for mode in dict.fromkeys(result.mode for result in run.layers)
+    }
     headings = ["T, B, I, H"]
-    for mode in modes:
-        headings += [f"{mode}: torch.nn ms"] + ["best peer ms"] * (mode in with_peers)
-        headings += ["rnnfast ms", "of floor", "faster"] + ["than best"] * (mode in with_peers)
+    for mode, (first, *rest) in columns.items():
+        headings += [f"{mode}: {first[0]}", *(heading for heading, _ in rest)]
     rows = []
     for name, results in by_shape.items():
         row = [name]
-        for mode in modes:
-            cells = 6 if mode in with_peers else 4
-            row += _summary_cells(run, results[mode], cells) if mode in results else [""] * cells
+        for mode, cells in columns.items():
+            row += [cell(results[mode]) if mode in results else "" for _, cell in cells]
         rows.append(tuple(row))
     return Table("One layer", tuple(headings), rows)
 
 
-def _summary_cells(run: Run, result: LayerResult, cells: int) -> list[str]:
-    ours = result.timings["rnnfast"].median
-    best = milliseconds(result.timings[result.best_peer].median)
-    share = percent(run.floor(result).seconds / ours)
-    torch_time = milliseconds(result.timings["torch"].median)
-    if cells == 4:
-        return [torch_time, milliseconds(ours), share, times(result.ratio)]
-    ratios = [times(result.ratio), times(result.ratio_to_best)]
-    return [torch_time, best, milliseconds(ours), share, *ratios]
+def _summary_columns(run: Run, mode: str) -> list[Column]:
+    # Only some modes are timed with more peers than torch.
+    names = {name for result in run.layers if result.mode == mode for name in result.timings}
+    with_peers = not names.isdisjoint(run.other_peers)
+
+    def time(result: LayerResult, name: str) -> str:
+        return milliseconds(result.timings[name].median)
+
+    return [
+        ("torch.nn ms", lambda result: time(result, "torch")),
+        *([("best peer ms", lambda r: time(r, r.best_peer))] if with_peers else []),
+        ("rnnfast ms", lambda result: time(result, "rnnfast")),
+        *([_share_of_peak(run)] if run.has_own_float32 else []),
+        _share_of_floor(run),
+        *_ratios(run, with_peers),
+    ]
 
 
 def mean_table(run: Run) -> Table:
-    """Geometric mean of the ratios by cell and mode."""
-    to_best = run.geometric_means(to_best=True)
-    columns = ["faster"] + ["than best"] * bool(run.other_peers)
-    rows = [
-        (*kind, *[times(mean), times(to_best[kind])][: len(columns)])
-        for kind, mean in run.geometric_means().items()
-    ]
+    """Geometric means of the ratios by cell and mode."""
+    columns = {
+        "faster": "ratio",
+        **({"than best": "ratio_to_best"} if run.other_peers else {}),
+        **({"than float32": "ratio_to_float32"} if run.has_own_float32 else {}),
+    }
+    means = [run.geometric_means(of) for of in columns.values()]
+    rows = [(*kind, *(times(mean[kind]) for mean in means)) for kind in run.geometric_means()]
     return Table("Geometric means", ("cell", "mode", *columns), rows, labels=2)
 
 
@@ -133,22 +158,28 @@ _LEGEND = (
 
 def legend(run: Run) -> str:
     """What the headings mean."""
-    if not run.other_peers:
-        return _LEGEND + "."
-    peers = ", ".join(["torch.nn", *run.other_peers])
-    return f"{_LEGEND}; than best: time of the fastest of {peers} over time of rnnfast."
+    parts = [_LEGEND]
+    if run.other_peers:
+        peers = ", ".join(["torch.nn", *run.other_peers])
+        parts.append(f"than best: time of the fastest of {peers} over time of rnnfast")
+    if run.has_own_float32:
+        parts.append("than float32: time of rnnfast in float32 over its time in bfloat16")
+    return "; ".join(parts) + "."
 
 
 def caption(run: Run) -> str:
     """One sentence on the machine, the software and the way of timing."""
     environment, settings, peaks = run.environment, run.settings, run.peaks
     build = environment["rnnfast"]
+    beside = ""
+    if peaks.float32_flops:
+        beside = f", in float32 {significant(peaks.float32_flops / 1e9)} GFLOP/s"
     peers = "".join(f"{name} {at}, " for name, at in environment.get("peers", {}).items())
     return (
         f"{environment['cpu']}, {_count(peaks.threads, 'thread')}, {peaks.dtype}, "
         f"torch {environment['torch']}, {peers}rnnfast {build['version']} with {build['isa']}, "
         f"{environment['date'][:10]}; measured peak "
-        f"{significant(peaks.flops / 1e9)} GFLOP/s; "
+        f"{significant(peaks.flops / 1e9)} GFLOP/s{beside}; "
         f"medians of {_count(settings['rounds'], 'round')}."
     )
 

@@ -276,6 +276,20 @@ def test_a_wrong_layer_is_not_timed(cell, mode, dtype):
         problem.check(mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cell", ["LSTM", "RNNCell"])
+def test_in_bfloat16_both_of_ours_are_checked(cell, mode):
+    shape = Shape(cell, 1 if cell.endswith("Cell") else 7, 3, 5, 9)
+    for name, fault in (("rnnfast", 1.0), (results.OWN_FLOAT32, 0.01)):
+        problem = LayerProblem(shape, torch.bfloat16)
+        problem.check(mode)
+        assert list(problem.calls(mode)) == ["torch", "rnnfast", results.OWN_FLOAT32]
+        with torch.no_grad():
+            list(problem.layers[name].parameters())[1].add_(fault)  # weight_hh
+        with pytest.raises(DisagreementError, match=f" of {name} is off"):
+            problem.check(mode)
+
+
 @pytest.mark.parametrize("cell", ["LSTM", "RNN"])
 def test_language_model_steps_stay_together(cell):
     size = StepSize("tiny", cell, 2, 8, batch=3, bptt=4, vocabulary=11)
@@ -373,6 +387,43 @@ def test_tables_of_peers():
     assert "fastest" not in tables.legend(made_up_run())
 
 
+def run_in_bfloat16():
+    """The made-up run in bfloat16, twice as fast as its own float32."""
+    run = made_up_run()
+    layers = [
+        dataclasses.replace(
+            result, timings={**result.timings, results.OWN_FLOAT32: constant_timing(0.2)}
+        )
+        for result in run.layers
+    ]
+    peaks = Peaks(2, "bfloat16", flops=1e11, bandwidth={128: 1e10, 32: 1e10}, float32_flops=5e10)
+    return dataclasses.replace(run, layers=layers, peaks=peaks)
+
+
+def test_tables_of_bfloat16(tmp_path):
+    run = run_in_bfloat16()
+    assert run.other_peers == []
+    assert {result.best_peer for result in run.layers} == {"torch"}
+    table = tables.layer_table(run)
+    assert table.headings[2:5] == ("torch.nn ms", "rnnfast float32 ms", "rnnfast ms")
+    # The floor reads W_hh as it is stored: 5 * 128 bytes at 10 GB/s.
+    assert table.rows[0] == (
+        "LSTM 5, 2, 3, 4", "forward", "200 ± 0.0%", "200 ± 0.0%", "100 ± 0.0%", "0.0000224",
+        "0.0%", "0.0000640", "bandwidth", "0.0%", "2.00x", "2.00x",
+    )  # fmt: skip
+    summary = tables.summary_table(run)
+    assert summary.headings[3:7] == ("of peak", "of floor", "faster", "than float32")
+    ratios = ("2.00x", "2.00x")
+    assert summary.rows[0][:7] == ("LSTM 5, 2, 3, 4", "200", "100", "0.0%", "0.0%", *ratios)
+    assert all(len(row) == len(summary.headings) for row in summary.rows)
+    assert tables.mean_table(run).rows[0] == ("LSTM", "forward", "4.00x", "2.00x")
+    assert "measured peak 100 GFLOP/s, in float32 50.0 GFLOP/s;" in tables.caption(run)
+    assert "than float32: " in tables.legend(run)
+    assert "than float32" not in tables.legend(made_up_run())
+    results.save(run, tmp_path / "run.json")
+    assert results.load(tmp_path / "run.json") == run
+
+
 def test_step_table_is_in_tokens_per_second():
     (row,) = tables.step_table(made_up_run()).rows
     assert row == ("word LSTM", "5, 4, 11", "1,000", "2,000", "2.00x")
@@ -447,7 +498,17 @@ def test_a_peak_below_what_was_reached_is_reported(tmp_path, capsys):
     assert readme.read_text(encoding="utf-8") == f"{report.BEGIN}{report.END}"
 
 
-@pytest.mark.parametrize("make", [made_up_run, run_with_peers], ids=lambda make: make.__name__)
+def test_the_roofline_has_a_ceiling_for_each_format():
+    pytest.importorskip("matplotlib")
+    for axes in pictures.draw_roofline(run_in_bfloat16()).axes:
+        levels = {line.get_label(): tuple(line.get_ydata()) for line in axes.lines}
+        assert levels["100 GFLOP/s, bfloat16"] == (100, 100)
+        assert levels["50 GFLOP/s, float32"] == (50, 50)
+
+
+@pytest.mark.parametrize(
+    "make", [made_up_run, run_with_peers, run_in_bfloat16], ids=lambda make: make.__name__
+)
 def test_pictures_show_every_layer(make):
     pytest.importorskip("matplotlib")
     run = make()
@@ -568,7 +629,8 @@ def test_ladder_table_compares_with_the_rung_before():
 def test_ladder_refuses_wrong_arguments(wrong, capsys):
     with pytest.raises(SystemExit, match="2"):
         ladder.main(wrong.split())
-    assert wrong.split()[0].removeprefix("--").removesuffix("s") in capsys.readouterr().err.splitlines()[-1]
+    option = wrong.split()[0].removeprefix("--").removesuffix("s")
+    assert option in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_ladder_that_does_not_compile_is_reported(built, monkeypatch, capsys):
@@ -608,6 +670,19 @@ def test_tiny_run_end_to_end(tmp_path, capsys, monkeypatch):
     assert set(measured.peaks.bandwidth) == {1024, 4096}
     environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
     assert {"date", "cpu", "cores", "torch", "rnnfast"} <= set(environment)
+
+
+def test_a_run_in_bfloat16_times_float32_too(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    threads = torch.get_num_threads()
+    command = f"--shapes LSTM:2,1,3,16 --rounds 2 --dtype bfloat16 --threads {threads}"
+    assert run.main([*command.split(), "--json", str(path)]) == 0
+    assert "than float32" in capsys.readouterr().out
+    measured = results.load(path)
+    for layer in measured.layers:
+        assert set(layer.timings) == {"torch", "rnnfast", results.OWN_FLOAT32}
+    assert set(measured.peaks.bandwidth) == {2048}
+    assert measured.peaks.float32_flops > 0
 
 
 def test_disagreement_ends_the_run(capsys, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ namespace {
 
 using ladder::Index;
 
-constexpr Index block_columns = 128, block_terms = 64;  // 32 KiB of weights
+constexpr Index block_columns = 256, block_terms = 32;  // 32 KiB of weights
 
 // to (columns, rows) = from (rows, columns) turned, by squares: a whole line of the cache is used while it is there.
 void turn(Index rows, Index columns, const float* from, float* to) {

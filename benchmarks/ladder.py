@@ -47,6 +47,7 @@ RUNGS = {
 }
 
 THREADS = 1
+ROUNDS = 7  # a call of the first rung takes seconds
 
 LEGEND = (
     "T, B, I, H: steps, batch rows, input size, hidden size; ±: half the distance between the "
@@ -214,7 +215,23 @@ def ladder_table(run: Run) -> tables.Table:
                 tables.times(timing.ratio(result.timings, _before(name), name)),
             ]
         rows.append(tuple(row))
+    rows.append(_floor_row(run))
     return tables.Table("The ladder", tuple(headings), rows, labels=2)
+
+
+def _floor_row(run: Run) -> tuple[str, ...]:
+    """What the rungs lead up to: no program is faster."""
+    row = ["floor", "arithmetic at the peak, or W_hh from its cache once a step"]
+    for result in run.layers:
+        seconds = run.floor(result).seconds
+        rate = result.shape.flops("forward") / seconds
+        row += [
+            tables.milliseconds(seconds),
+            tables.significant(rate / 1e9),
+            tables.percent(rate / run.peaks.flops),
+            tables.times(result.timings["rnnfast"].median / seconds),
+        ]
+    return tuple(row)
 
 
 def _sizes(shape: Shape) -> str:
@@ -238,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shapes", nargs="+", default=SHAPES, metavar="LSTM:T,B,I,H", help=" ".join(SHAPES)
     )
-    parser.add_argument("--rounds", type=int, default=timing.ROUNDS, help="blocks per rung")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="blocks per rung")
     parser.add_argument("--seed", type=int, default=0, help="of inputs and block order")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every block time to OUT")
     parser.add_argument(

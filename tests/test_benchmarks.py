@@ -621,7 +621,9 @@ def test_ladder_table_compares_with_the_rung_before():
     rows = ladder.ladder_table(dataclasses.replace(made_up_run(), layers=[layer, layer])).rows
     # 2240 flops, on a machine of 100 GFLOP/s.
     assert rows[1][2:6] == ("100 ± 0.0%", "0.0000224", "0.0%", "4.00x")
-    assert [row[5] for row in rows] == ["1.00x", "4.00x", "2.00x", "1.25x", "2.00x"]
+    # The floor is 5 * 256 bytes at 10 GB/s.
+    assert rows[5][2:5] == ("0.000128", "17.5", "18%")
+    assert [row[5] for row in rows[:5]] == ["1.00x", "4.00x", "2.00x", "1.25x", "2.00x"]
     assert all(row[2:6] == row[6:] for row in rows)
 
 

@@ -1,9 +1,10 @@
 // Rung 1: the formula, one step, one row, one unit at a time.
 //
-// Each pre-activation is a sum of I + H products, added one after the other as the formula writes them. Rounding
-// makes the order of additions part of the result, so a compiler may not change it, and each addition waits some
-// four cycles for the one before: that chain is the bound. A vector unit that could do dozens of operations in
-// those cycles does two. Every row of the batch also reads all weights anew, from whatever cache they fit in.
+// Each pre-activation is a sum of I + H products, added one after the other as the formula has them.
+// Rounding makes the order of additions part of the result, so the compiler must keep it, and each
+// addition waits three or four cycles for the one before. That chain is the bound: in the same cycles
+// the vector units could do dozens of operations. Besides, every row of the batch reads all weights
+// anew.
 //
 // Rung 2 turns the loops around, so that neighbouring additions belong to different sums.
 #include "layer.h"

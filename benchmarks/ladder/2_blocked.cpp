@@ -1,15 +1,18 @@
-// Rung 2: the same loops in an order that suits vectors and caches. Still plain C++: the compiler does the rest.
+// Rung 2: the same loops in an order that suits vectors and caches. Still plain C++; the compiler does
+// the rest.
 //
-// Only h[t-1] W_hh^T has to wait for the step before. So x W_ih^T is one product over all steps, and W_ih is
-// read once, not T times. In both products the innermost loop runs over columns: each of its sums is another one's
-// neighbour in memory and waits for none of them, so the compiler makes vectors of them. For that the weights
-// are turned first: columns that are added to together stand side by side. And the loops are cut: a block of weights as
-// large as the L1 cache is used by all rows before the next one is fetched.
+// Only h[t-1] W_hh^T has to wait for the step before: x W_ih^T is one product over all steps. In both
+// products the innermost loop now runs over columns. Each of its sums is another one's neighbour in
+// memory and waits for none of them, so the compiler makes vectors of them. For that the weights are
+// turned first: those that neighbouring sums need stand side by side. And the loops are cut: a block of
+// weights the size of an L1 cache is used by all rows before the next one is fetched.
 //
-// Bound by loads and stores: each multiply-add loads its weight, and a sum is fetched and put back for every four of
-// them. Loads keep up with half of the multiply-adds at best.
+// Bound by loads: each multiply-add fetches a weight of its own, and for every four of them a sum is
+// fetched and put back. Where columns are a power of two apart, a block's rows also fall into the same
+// few sets of the cache.
 //
-// Rung 3 keeps sums in registers, where they cost neither, and uses a weight for several rows once it is loaded.
+// Rung 3 keeps sums in registers, uses a weight for several rows once it is loaded, and lays blocks out
+// in one piece.
 #include "layer.h"
 
 namespace {
@@ -18,7 +21,7 @@ using ladder::Index;
 
 constexpr Index block_columns = 256, block_terms = 32;  // 32 KiB of weights
 
-// to (columns, rows) = from (rows, columns) turned, by squares: a whole line of the cache is used while it is there.
+// to (columns, rows) = from (rows, columns), turned by squares: a cache line is used up while it is there.
 void turn(Index rows, Index columns, const float* from, float* to) {
   constexpr Index side = 16;
   for (Index r0 = 0; r0 < rows; r0 += side)
@@ -27,8 +30,9 @@ void turn(Index rows, Index columns, const float* from, float* to) {
         for (Index r = r0; r < std::min(r0 + side, rows); ++r) to[c * rows + r] = from[r * columns + c];
 }
 
-// sum[0..columns) += a[0..terms) . w, whose rows are `stride` floats apart: four terms each time it passes by.
-void add_terms(Index terms, Index columns, const float* a, const float* w, Index stride, float* __restrict sum) {
+// sum[0..columns) += a[0..terms) . w, four terms each time it passes by; rows of w are `stride` floats apart.
+void add_terms(Index terms, Index columns, const float* a, const float* w, Index stride,
+               float* __restrict sum) {
   Index k = 0;
   for (; k + 4 <= terms; k += 4) {
     const float *w0 = w + k * stride, *w1 = w0 + stride, *w2 = w1 + stride, *w3 = w2 + stride;

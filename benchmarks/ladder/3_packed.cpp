@@ -1,14 +1,13 @@
 // Rung 3: sums live in registers, and weights are packed in the order in which they are used.
 //
-// The register tile (tile.h) adds up a few rows by four vectors of columns over all terms before anything is
-// stored. It wants its weights four vectors at a time, term by term, so that is how they are laid out: a panel of
-// four vectors of columns is one run through memory, which the processor's prefetching follows, on as few pages as
-// can be. Packing reads and writes every weight once; a step with B rows uses it B times.
+// The register tile (tile.h) adds up a few rows by four vectors of columns over all terms before
+// anything is stored. It wants its weights four vectors at a time, term by term, so that is how they
+// are laid out: a panel of four vectors of columns is one run through memory, whatever its size, on as
+// few pages as can be. Packing reads and writes every weight once a call; a step uses it B times.
 //
-// Large products are now bound by the multiply-adds. But T x B x 4H sums go out to memory and come back for the
-// cells, and the cells take them one by one: five calls of exp and tanh a unit cost as much as hundreds of
-// multiply-adds in vectors. With a single row a weight is used once a step: then reading W_hh is the bound, whatever
-// the tile does.
+// Large products are now bound by the multiply-adds. But T x B x 4H sums go out to memory and come back
+// for the cells, which take them one at a time: five calls of exp and tanh a unit. With a single row a
+// weight is used once a step: then reading W_hh is the bound, whatever the tile does.
 //
 // Rung 4 computes the cells on the tile, in vectors.
 #include "tile.h"
@@ -28,9 +27,11 @@ struct Matrix {
       float* to = &numbers[first / tile_columns * terms * tile_columns + first % tile_columns];
       const float* from = weights + first * terms;
       for (Index k = 0; k < terms; ++k)
-        for (Index n = 0; n < std::min(width, columns - first); ++n) to[k * tile_columns + n] = from[n * terms + k];
+        for (Index n = 0; n < std::min(width, columns - first); ++n)
+          to[k * tile_columns + n] = from[n * terms + k];
     }
   }
+  const float* panel(Index n) const { return &numbers[n * terms * tile_columns]; }
   Index stride() const { return panels * tile_columns; }
 };
 
@@ -40,7 +41,7 @@ void add_product(Index rows, const float* a, const Matrix& matrix, float* sums) 
     for_each_tile(rows, [&](auto tile, Index first) {
       float* out = sums + first * matrix.stride() + panel * tile_columns;
       tile.load(out, matrix.stride());
-      tile.add_product(matrix.terms, a + first * matrix.terms, &matrix.numbers[panel * matrix.terms * tile_columns]);
+      tile.add_product(matrix.terms, a + first * matrix.terms, matrix.panel(panel));
       tile.store(out, matrix.stride());
     });
   }

@@ -1,17 +1,18 @@
 // Rung 4: the cell is computed on the tile's sums, while they are in registers.
 //
-// For that a panel must hold whole cells: one vector of units with its four gates side by side, in place of four
-// vectors of one gate. When the tile has added up its sums, they are the gates of rows x width cells, and the cells
-// are computed in vectors (csrc/cpu/vmath.h: exp and tanh of 16 numbers at the price of one in the C library).
-// And the projection x W_ih^T goes by chunks of steps, as many as make a good number of rows: what it leaves is
+// For that a panel must hold whole cells: one vector of units with its four gates side by side, in
+// place of four vectors of one gate. When the tile has added up its sums, they are the gates of rows x
+// width cells, and exp and tanh are computed for a whole vector of them (csrc/cpu/vmath.h). The
+// projection x W_ih^T goes by chunks of steps, as many as make a good number of rows: what it leaves is
 // still in the L2 cache when the recurrence adds to it.
 //
-// With many rows, bound by the multiply-adds at last: what else there is fits in the cycles they leave. With one row,
-// by reading W_hh from cache, once a step.
+// With many rows, bound by the multiply-adds: all else fits in the cycles that they leave. With one
+// row, by packing, which a call does for a few uses of each weight, and by reading W_hh from cache once
+// a step.
 //
-// Rung 5 is the library, csrc/cpu: this idea with what a real one needs. Weights on huge pages, their panels asked for
-// ahead of time, packed by vectors and kept until they change; sums cut so that panels stay in L1; single steps
-// not packed at all; and threads.
+// Rung 5 is the library, csrc/cpu. It packs by whole vectors, and keeps packed weights for the next
+// call, on huge pages; panels are asked for ahead of time, sums cut so that they stay in L1; single
+// steps are not packed. And it has threads.
 #include "cpu/vmath.h"
 #include "tile.h"
 
@@ -33,7 +34,8 @@ struct Cells {
         float* to = &numbers[first * terms * 4 + gate * width];
         const float* from = weights + (gate * H + first) * terms;
         for (Index k = 0; k < terms; ++k)
-          for (Index n = 0; n < std::min(width, H - first); ++n) to[k * tile_columns + n] = from[n * terms + k];
+          for (Index n = 0; n < std::min(width, H - first); ++n)
+            to[k * tile_columns + n] = from[n * terms + k];
       }
     }
   }

@@ -1,9 +1,9 @@
 // What every rung computes: an LSTM layer forward, in one direction, on one thread, in float.
 //
-//   a = x[t] W_ih^T + h[t-1] W_hh^T + bias      cut in four along its last axis: i, f, g, o
-//   c[t] = sigmoid(f) c[t-1] + sigmoid(i) tanh(g)       h[t] = sigmoid(o) tanh(c[t])
+//   a = x[t] W_ih^T + h[t-1] W_hh^T + bias          cut in four along its last axis: i, f, g, o
+//   c[t] = sigmoid(f) c[t-1] + sigmoid(i) tanh(g)        h[t] = sigmoid(o) tanh(c[t])
 //
-// 2 T B 4H (I + H) floating-point operations, however they are ordered. The rungs differ in nothing but the order,
+// 2 T B 4H (I + H) floating-point operations, in whatever order. The rungs differ in nothing but that order,
 // and in where numbers are meanwhile.
 #pragma once
 

@@ -1,9 +1,10 @@
 // The register tile: a few rows by four vectors of columns, whose sums never leave the registers.
 //
-// For each term of the sum it loads four vectors of weights and one number of each row, and does rows x 4 vector
-// multiply-adds with them: with 6 rows 24 on 10 loads. They belong to 24 different sums, enough to fill the cycles
-// that each waits for the one before it, and few enough for 32 vector registers. The core's is csrc/cpu/tile.h;
-// its Vec (csrc/cpu/simd.h), a vector as wide as the instruction set has, serves here too.
+// For each term of the sum it loads four vectors of weights and one number of each row, and does rows x
+// 4 vector multiply-adds with them: with 6 rows 24 on 10 loads. They belong to 24 different sums,
+// enough to fill the cycles that each waits for the one before it, and few enough for 32 vector
+// registers. The core's is csrc/cpu/tile.h; its Vec (csrc/cpu/simd.h), a vector as wide as the
+// instruction set has, serves here too.
 #pragma once
 
 #include <type_traits>
@@ -39,8 +40,8 @@ struct Tile {
       for (int v = 0; v < tile_vectors; ++v) sum[r][v].store(to + r * stride + v * width);
   }
 
-  // Adds a (rows, terms) . panel (terms, tile_columns). In a copy that nothing else has the address of: that is
-  // what the compiler needs to know to leave the sums in registers until the end.
+  // Adds a (rows, terms) . panel (terms, tile_columns), in a copy: nothing else knows its address, so the
+  // compiler may leave the sums in registers until the end.
   RNNFAST_INLINE void add_product(Index terms, const float* a, const float* panel) {
     Tile total = *this;
     for (Index k = 0; k < terms; ++k, panel += tile_columns) {
@@ -51,7 +52,8 @@ struct Tile {
       for (int r = 0; r < rows; ++r) {
         const Vec factor(a[r * terms + k]);
 #pragma GCC unroll 8
-        for (int v = 0; v < tile_vectors; ++v) total.sum[r][v] = fma(factor, weights[v], total.sum[r][v]);
+        for (int v = 0; v < tile_vectors; ++v)
+          total.sum[r][v] = fma(factor, weights[v], total.sum[r][v]);
       }
     }
     *this = total;

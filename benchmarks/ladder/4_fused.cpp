@@ -4,11 +4,11 @@
 // place of four vectors of one gate. When the tile has added up its sums, they are the gates of rows x
 // width cells, and exp and tanh are computed for a whole vector of them (csrc/cpu/vmath.h). The
 // projection x W_ih^T goes by chunks of steps, as many as make a good number of rows: what it leaves is
-// still in the L2 cache when the recurrence adds to it.
+// still in cache when the recurrence adds to it.
 //
-// With many rows, bound by the multiply-adds: all else fits in the cycles that they leave. With one
-// row, by packing, which a call does for a few uses of each weight, and by reading W_hh from cache once
-// a step.
+// With many rows, bound by the multiply-adds; the cells, packing, and waits for panels that come from
+// the L3 cache stand beside them. With one row, by reading W_hh from cache once a step, and by packing,
+// which a call does for a few uses of each weight.
 //
 // Rung 5 is the library, csrc/cpu. It packs by whole vectors, and keeps packed weights for the next
 // call, on huge pages; panels are asked for ahead of time, sums cut so that they stay in L1; single

@@ -4,6 +4,7 @@ from . import bptt, functional
 from ._native import build_info
 from .convert import convert, revert
 from .explain import explain
+from .halved import halved_recurrence
 from .modules import LSTM, RNN, LSTMCell, RNNCell
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "halved_recurrence",
     "revert",
 ]
 

@@ -47,12 +47,13 @@ def forward(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    halve_w_hh: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, h_n, c_n and, as `keep` says, c (T, B, H) and gates (T, B, 4, H); T >= 1.
 
     x is (T, B, I) and states are (B, H), or the same elements with other leading axes (an unbatched
     sequence, a single step, a stack of one layer): y and the final states then have the same. What
-    an RNN does not have is None, and c0 tells: it is None too.
+    an RNN does not have is None, and c0 tells: it is None too. halve_w_hh is for float32 alone.
     """
     T, B, I, H = sizes
     x, h0, w_ih, w_hh = x.contiguous(), h0.contiguous(), w_ih.contiguous(), w_hh.contiguous()
@@ -70,7 +71,7 @@ def forward(
         cell, T, B, I, H, reverse, torch.get_num_threads(),
         x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh),
         h0.data_ptr(), _address(c0),
-        y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), _address(gates), False,
+        y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), _address(gates), halve_w_hh,
     )  # fmt: skip
     return y, h_n, c_n, c, gates
 

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad, profiler
 
 from . import cpu, ops
 from .cpu import GATES, Sizes
+from .halved import is_wished
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # y, h_n, c_n, c; RNNs have no c
@@ -167,7 +168,7 @@ def _run(
         k1, k2 = ops.window(sizes[0], k1, k2)
         return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
     keep = "cells" if cells else "nothing"
-    return cpu.forward(cell, sizes, reverse, keep, x, h0, c0, *weights)[:4]
+    return cpu.forward(cell, sizes, reverse, keep, x, h0, c0, *weights, is_wished())[:4]
 
 
 # For the functional layer, which goes its own general way where these give None

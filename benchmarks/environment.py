@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from .shapes import Shape
 
 CPUINFO = Path("/proc/cpuinfo")
 
-# Another program on the machine can only lower a reading, so the best of several is the peak.
+# Another program on the machine can only lower a reading, so the best of several is the peak. Those
+# of arithmetic, which every share is of, stand apart: what disturbs one is gone by the next.
 READINGS = 3
+SECONDS_APART = 0.2
 
 
 def describe_environment(other_peers: Iterable[str] = ()) -> dict[str, Any]:
@@ -79,4 +82,8 @@ def measure_peaks(shapes: Iterable[Shape], threads: int, dtype: str) -> Peaks:
 
 
 def _fma_peak(threads: int, dtype: torch.dtype) -> float:
-    return max(_native.fma_peak(threads, dtype) for _ in range(READINGS))
+    readings = []
+    for _ in range(READINGS):
+        time.sleep(SECONDS_APART)
+        readings.append(_native.fma_peak(threads, dtype))
+    return max(readings)

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import rnnfast
 import torch
-from rnnfast import build_info, reference
-from rnnfast._native import core
+from rnnfast import reference
 
 from . import report, results, tables, timing
 from .agreement import DisagreementError, check_agreement
@@ -80,7 +80,7 @@ def build() -> ctypes.CDLL:
     cmake = shutil.which("cmake", path=path)
     if cmake is None:
         raise BuildError("there is no cmake (pip install cmake)")
-    isa = build_info()["isa"]
+    isa = rnnfast.build_info()["isa"]
     directory = BUILD / isa
     configure = [cmake, "-S", ROOT / "benchmarks/ladder", "-B", directory]
     configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DRNNFAST_LADDER_ISA={isa}"]
@@ -149,16 +149,18 @@ class LadderProblem:
 
     def _library_call(self) -> Call:
         shape, outputs = self.shape, self.outputs["rnnfast"]
-        sizes = (shape.steps, shape.batch, shape.input_size, shape.hidden_size)
-        h_n = np.empty_like(outputs["c"])
-        arrays = [self.inputs[name] for name in ("x", "w_ih", "w_hh", "bias")]
-        arrays += [None, self.inputs["h0"], self.inputs["c0"]]  # one bias is enough
-        arrays += [outputs["y"], h_n, outputs["c"], None, None]  # nothing is kept for training
-        addresses = [0 if array is None else array.ctypes.data for array in arrays]
+        x, w_ih, w_hh, bias, h0, c0 = _tensors(self.inputs).values()
+        layer = rnnfast.LSTM(shape.input_size, shape.hidden_size)
+        with torch.no_grad():
+            weights = (w_ih, w_hh, bias, torch.zeros_like(bias))
+            for parameter, values in zip(layer.parameters(), weights, strict=True):
+                parameter.copy_(values)
+        state = (h0[None], c0[None])
 
-        def call() -> object:
-            core.layer_forward_float32("lstm", *sizes, False, THREADS, *addresses)
-            return h_n  # which lives as long as the call
+        def call() -> None:
+            with torch.no_grad():
+                y, (_, c_n) = layer(x, state)
+            outputs.update(y=y.numpy(), c=c_n[0].numpy())
 
         return call
 
@@ -182,6 +184,7 @@ def climb(shapes: Sequence[Shape], rounds: int, seed: int) -> Run:
         RestlessError: threads of this process do not go to sleep.
     """
     library = build()
+    torch.set_num_threads(THREADS)
     peaks = measure_peaks(shapes, THREADS, "float32")
     layers = []
     for shape in shapes:

@@ -603,7 +603,12 @@ def test_ladder_end_to_end(tmp_path, capsys, rungs):
     path, page = tmp_path / "ladder.json", tmp_path / "ladder.md"
     page.write_text(f"# Top\n{report.BEGIN}\nold\n{report.END}\nbottom\n", encoding="utf-8")
     shapes = "LSTM:2,3,4,5 LSTM:3,1,8,16"
-    assert ladder.main(f"--shapes {shapes} --rounds 2 --json {path} --write {page}".split()) == 0
+    command = f"--shapes {shapes} --rounds 2 --json {path} --write {page}"
+    threads = torch.get_num_threads()
+    try:
+        assert ladder.main(command.split()) == 0
+    finally:
+        torch.set_num_threads(threads)
     printed = capsys.readouterr().out.strip()
     assert page.read_text() == f"# Top\n{report.BEGIN}\n{printed}\n{report.END}\nbottom\n"
     measured = results.load(path)

@@ -79,10 +79,14 @@ typedef std::uint32_t FloatBits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)
 RNNFAST_INLINE Vec<float> widened(Halves halves) {
   return Register<float>::Native(__builtin_convertvector(halves, FloatBits) << 16);
 }
-RNNFAST_INLINE Halves rounded(Vec<float> value) {
+// The upper half of the result is the bfloat16; the lower half is of no meaning.
+RNNFAST_INLINE FloatBits rounded_bits(Vec<float> value) {
   const FloatBits bits = FloatBits(value.v), is_nan = FloatBits(value.v != value.v);
   const FloatBits nearest = bits + 0x7fff + (bits >> 16 & 1), quiet = bits | 0x400000;
-  return __builtin_convertvector(((quiet & is_nan) | (nearest & ~is_nan)) >> 16, Halves);
+  return (quiet & is_nan) | (nearest & ~is_nan);
+}
+RNNFAST_INLINE Halves rounded(Vec<float> value) {
+  return __builtin_convertvector(rounded_bits(value) >> 16, Halves);
 }
 
 // The first n < width numbers of a row, with zeros behind; and the way back.
@@ -181,7 +185,7 @@ RNNFAST_INLINE Vec<Pair> load_rounded(const float* from, Index n) {
 template <class Weight, class Real>
 RNNFAST_INLINE Vec<Real> load_as_kept(const Real* from, Index n) {
   if constexpr (parts_of<Real, Weight> == 2)
-    return widened(rounded(Vec<Real>::load(from, n)));
+    return Register<float>::Native(rounded_bits(Vec<Real>::load(from, n)) & 0xffff0000u);
   else
     return Vec<Real>::load(from, n);
 }

@@ -30,7 +30,7 @@ def halved_recurrence(enabled: bool = True) -> Iterator[None]:
 
     ``with torch.no_grad(), rnnfast.halved_recurrence(): y, state = layer(x)``. Worth it for a few
     sequences at a time and a W_hh that is larger than a core's L2 cache; nothing is gained with
-    many rows, and single steps read all of W_hh anyway, but round it alike. Of no effect where a
+    many rows; single steps read all of W_hh anyway, and take longer to round it. Of no effect where a
     gradient is recorded, under torch.compile, on other dtypes (but float16, which is computed in
     float32) and on other devices. It holds for the calling thread, and contexts nest;
     enabled=False undoes it inside.

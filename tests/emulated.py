@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from by_layers import by_layers
 from one_layer import Case
-from rnnfast import cuda_ops
+from rnnfast import bidirectional, cuda_ops
 from torch import Tensor
 
 _BUILT = Path(
@@ -56,3 +57,17 @@ def emulating(seed: int = 1, **properties):
 def run(case: Case, dtype: torch.dtype, method: str = "", keep: str = "all") -> dict[str, Tensor]:
     """Outputs and gradients of a layer by name, as `one_layer.by_operator` gives them."""
     return by_layers(cuda_ops.Layers(native, method), case, dtype, keep=keep)
+
+
+@contextmanager
+def bidirectional_operators(method: str = ""):
+    """The bidirectional operators on CPU tensors run their CUDA kernels on the emulator."""
+    library = torch.library.Library("rnnfast", "IMPL")
+    layers = cuda_ops.Layers(native, method)
+    with warnings.catch_warnings(action="ignore"):  # that there are kernels for the CPU
+        for name, kernel in bidirectional.kernels(layers.run).items():
+            library.impl(f"bidirectional_{name}", kernel, "CPU", allow_override=True)
+    try:
+        yield layers
+    finally:
+        library._destroy()

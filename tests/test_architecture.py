@@ -19,6 +19,7 @@ ROOMS = {
     "_native": {"torch"},
     "cpu": {"torch"},
     "ops": {"torch"},
+    "bidirectional": {"torch"},
     "direct": {"torch"},
     "cuda_ops": {"torch"},
     "bptt": {"torch"},

@@ -139,23 +139,4 @@ struct Backward {
   }
 };
 
-// Adds up the gradients of the initial state, window after window.
-template <class Real>
-RNNFAST_KERNEL(block_threads)
-add_starts(RNNFAST_ARGUMENT RecurrenceShape shape, RNNFAST_ARGUMENT RecurrenceBackward<Real, StateOf<Real>> layer,
-           RNNFAST_ARGUMENT typename Backward<Real>::Carry carry) {
-  using State = StateOf<Real>;
-  const Truncation truncation{shape.T, shape.k1, shape.k2, layer.reverse};
-  const Index count = shape.B * shape.H, windows = truncation.windows_to_start();
-  const Index first = Index(block_index().x) * block_threads + thread_index();
-  if (first >= count) return;
-  State dh(0), dc(0);
-  for (Index j = 0; j < windows; ++j) {
-    dh += carry.starts[j * count + first];
-    if (layer.dc0) dc += carry.dc[j * count + first];
-  }
-  layer.dh0[first] = narrow<Real>(dh);
-  if (layer.dc0) layer.dc0[first] = dc;
-}
-
 }  // namespace rnnfast::cuda

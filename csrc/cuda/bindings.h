@@ -137,6 +137,7 @@ inline void bind(py::module_& module) {
       .def_readonly("cooperative", &Device::cooperative);
   py::class_<Plan>(module, "Plan", py::module_local())
       .def_readonly("scratch_bytes", &Plan::scratch_bytes)
+      .def_readonly("cycles", &Plan::cycles)
       .def("as_dict", &as_dict);
   module.def("plan", &plan, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,
              "k2"_a, "directions"_a = 1, "method"_a = "");

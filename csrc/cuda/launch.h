@@ -145,9 +145,8 @@ void Kernels<Real>::backward(const Plan& plan, const Backward* layers, void* scr
   const Arguments<cuda::Backward<Real>> args =
       arguments_of<cuda::Backward<Real>>(plan, layers, static_cast<char*>(scratch));
   const int blocks = int((shape.B * shape.H + block_threads - 1) / block_threads);
-  for (int direction = 0; direction < plan.work.directions; ++direction)
-    launch(describe(plan) + ", initial state", add_starts<Real>, {{blocks, 1, 1}, block_threads, 1, 0, false},
-           static_cast<Stream>(stream), shape, layers[direction], args.carries[direction]);
+  launch(describe(plan) + ", initial state", add_starts<Real>,
+         {{blocks, 1, plan.work.directions}, block_threads, 1, 0, false}, static_cast<Stream>(stream), args);
 }
 
 }  // namespace rnnfast::cuda

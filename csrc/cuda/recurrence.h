@@ -48,6 +48,27 @@ pack(RNNFAST_ARGUMENT Arguments<Step> args, RNNFAST_ARGUMENT Index count) {
   });
 }
 
+// Adds up the gradients of the initial state, window after window.
+template <class Real>
+RNNFAST_KERNEL(block_threads)
+add_starts(RNNFAST_ARGUMENT Arguments<Backward<Real>> args) {
+  using State = StateOf<Real>;
+  const int direction = block_index().z;
+  const RecurrenceBackward<Real, State>& layer = args.layers[direction];
+  const typename Backward<Real>::Carry& carry = args.carries[direction];
+  const Truncation truncation{args.shape.T, args.shape.k1, args.shape.k2, layer.reverse};
+  const Index count = args.shape.B * args.shape.H, windows = truncation.windows_to_start();
+  const Index at = Index(block_index().x) * block_threads + thread_index();
+  if (at >= count) return;
+  State dh(0), dc(0);
+  for (Index j = 0; j < windows; ++j) {
+    dh += carry.starts[j * count + at];
+    if (layer.dc0) dc += carry.dc[j * count + at];
+  }
+  layer.dh0[at] = narrow<Real>(dh);
+  if (layer.dc0) layer.dc0[at] = dc;
+}
+
 template <class Engine, class From, class Step>
 struct Recurrence {
   using Real = typename Engine::Real;

@@ -8,6 +8,7 @@
 #include <exception>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -80,6 +81,7 @@ struct Fiber {
 };
 
 std::uint64_t seed = 1;
+std::map<std::string, int> launches;
 
 // One launch.
 class Executor {
@@ -262,11 +264,14 @@ void run(const Launch& launch, const std::function<void()>& body) {
     ~Scope() { executor = nullptr; }
   } scope;
   executor = &own;
+  ++launches[launch.what];
   const int blocks = launch.grid.x * launch.grid.y * launch.grid.z;
   const int at_once = launch.resident ? blocks : launch.cluster;
   if (launch.grid.x % launch.cluster) own.fail("the grid is not made of whole clusters");
   for (int begin = 0; begin < blocks; begin += at_once) own.run(begin, at_once);
 }
+
+std::map<std::string, int> take_launches() { return std::exchange(launches, {}); }
 
 void set_seed(std::uint64_t value) { seed = value ? value : 1; }
 

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <string>
 
 namespace rnnfast::emu {
@@ -35,6 +36,9 @@ struct Launch {
 void run(const Launch& launch, const std::function<void()>& body);
 
 void set_seed(std::uint64_t seed);
+
+// What was launched, and how often, since this was last asked.
+std::map<std::string, int> take_launches();
 
 // The running thread.
 Extent block_index();

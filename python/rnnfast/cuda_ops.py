@@ -11,13 +11,15 @@ torch.backends.cuda.matmul.allow_tf32 says so, in the recurrence as in torch's o
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, bidirectional
 from .ops import _check, _expect, _kept_shapes, _wants_and_biases, window
 
 _FORMATS = {
@@ -42,8 +44,39 @@ def _dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | 
     return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
 
 
+@dataclass(frozen=True)
+class Recurrence:
+    """What a direction asks of a launch.
+
+    which: "forward" or "backward". cell: "lstm", "tanh" or "relu". like: a tensor of the layer's
+    device and dtype. sizes: T, B, H, k1, k2. arrays: in the order of csrc/rnnfast.h.
+    """
+
+    which: str
+    cell: str
+    like: Tensor
+    sizes: tuple[int, int, int, int, int]
+    reverse: bool
+    arrays: tuple[Tensor | None, ...]
+
+
+def _operator(direction: Callable[..., Generator]) -> Callable[..., tuple]:
+    """A method that computes one direction, from a generator that stops where it wants a launch.
+
+    It yields its Recurrence, or None where there is nothing to launch, and returns the results.
+    `Layers.run` takes two of them as far as the launch that they share.
+    """
+
+    @wraps(direction)
+    def method(self, *args):
+        return self.run(direction.__name__, [args])[0]
+
+    method.direction = direction
+    return method
+
+
 class Layers:
-    """One layer in one direction, forward and backward, by the kernels of one extension module.
+    """A layer in one direction or in both, by the kernels of one extension module.
 
     native: `_cuda` or the emulator. method: "local", "cluster", "grid" or "steps" to force how the
     recurrence runs, "" to let the planner choose. Arguments and results of the methods are those of
@@ -53,9 +86,18 @@ class Layers:
     def __init__(self, native: Any, method: str = "") -> None:
         self.native = native
         self.method = method
-        self._plan = lru_cache(maxsize=1024)(self._new_plan)
+        self.plans = lru_cache(maxsize=1024)(self._new_plans)
         self._device = lru_cache(maxsize=None)(native.device_properties)
 
+    def run(self, name: str, calls: Sequence[tuple]) -> list[tuple]:
+        """The results of an operator's calls: one, or two of a layer's directions side by side."""
+        directions = [getattr(type(self), name).direction(self, *call) for call in calls]
+        recurrences = [next(direction) for direction in directions]
+        if recurrences[0] is not None:
+            self._launch(recurrences)
+        return [_finished(direction) for direction in directions]
+
+    @_operator
     def lstm_layer(self, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
         T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
         window(T, k1, k2)
@@ -63,6 +105,7 @@ class Layers:
         c_shape, gates_shape = _kept_shapes(keep, T, B, H)
         c = x.new_empty(c_shape, dtype=wide)
         if T == 0 or B == 0:
+            yield None
             gates = x.new_empty(gates_shape)
             return x.new_empty(T, B, H), h0.clone(), c0.clone(), c, gates
         h0, c0, w_hh = _dense(h0), _dense(c0, wide), _dense(w_hh)
@@ -76,23 +119,26 @@ class Layers:
         )
         gates = a if keep == "all" else None  # each gate takes the place of its pre-activation
         arrays = (a, w_hh, h0, c0, y, h_n, c_n, None if keep == "nothing" else c, gates)
-        self._run("forward", "lstm", x, T, B, H, T, T, reverse, arrays)
+        yield Recurrence("forward", "lstm", x, (T, B, H, T, T), reverse, arrays)
         gates = x.new_empty(0) if gates is None else gates.view(gates_shape)
         return y, h_n, c_n.to(x.dtype), c, gates
 
+    @_operator
     def rnn_layer(self, x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
         T, B, _, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
         window(T, k1, k2)
         cell = _cell(nonlinearity)
         if T == 0 or B == 0:
+            yield None
             return x.new_empty(T, B, H), h0.clone()
         h0, w_hh = _dense(h0), _dense(w_hh)
         y = _project(x, w_ih, b_ih, b_hh)  # h takes the place of its pre-activation
         h_n = x.new_empty(B, H)
         arrays = (y, w_hh, h0, None, y, h_n, None, None, None)
-        self._run("forward", cell, x, T, B, H, T, T, reverse, arrays)
+        yield Recurrence("forward", cell, x, (T, B, H, T, T), reverse, arrays)
         return y, h_n
 
+    @_operator
     def lstm_layer_backward(
         self, dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *rest
     ):
@@ -106,6 +152,7 @@ class Layers:
             _expect(name, tensor, (T, B, H), x.new_empty(0, dtype=wide))
         _expect("gates", gates, (T, B, 4, H), x)
         if T == 0 or B == 0:
+            yield None
             dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
             dc0 = torch.zeros_like(c0) if dc_n is None else dc_n.clone()
             dx, dw_ih, dw_hh, db = _no_gradients(x, w_ih, w_hh, *wants)
@@ -118,10 +165,11 @@ class Layers:
         dy, dh_n, w_hh, gates = _dense(dy), _dense(dh_n), _dense(w_hh), _dense(gates)
         dc_n, dc, c = _dense(dc_n, wide), _dense(dc, wide), _dense(c)
         arrays = (dy, dh_n, dc_n, dc, w_hh, _dense(c0, wide), None, c, gates, da, dh0, dc0)
-        self._run("backward", "lstm", x, T, B, H, k1, k2, reverse, arrays)
+        yield Recurrence("backward", "lstm", x, (T, B, H, k1, k2), reverse, arrays)
         dx, dw_ih, dw_hh, db = _products(da, x, h0, w_ih, y, reverse, *wants)
         return dx, dh0, dc0.to(x.dtype), dw_ih, dw_hh, db
 
+    @_operator
     def rnn_layer_backward(
         self, dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants
     ):
@@ -130,6 +178,7 @@ class Layers:
             _expect(name, tensor, (T, B, H), x)
         cell = _cell(nonlinearity)
         if T == 0 or B == 0:
+            yield None
             dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
             dx, dw_ih, dw_hh, db = _no_gradients(x, w_ih, w_hh, *wants)
             return dx, dh0, dw_ih, dw_hh, db
@@ -137,36 +186,60 @@ class Layers:
         da, dh0 = x.new_empty(T, B, H), x.new_empty(B, H)
         dy, dh_n, w_hh, y = _dense(dy), _dense(dh_n), _dense(w_hh), _dense(y)
         arrays = (dy, dh_n, None, None, w_hh, None, y, None, None, da, dh0, None)
-        self._run("backward", cell, x, T, B, H, k1, k2, reverse, arrays)
+        yield Recurrence("backward", cell, x, (T, B, H, k1, k2), reverse, arrays)
         dx, dw_ih, dw_hh, db = _products(da, x, h0, w_ih, y, reverse, *wants)
         return dx, dh0, dw_ih, dw_hh, db
 
-    def _run(self, which, cell, x, T, B, H, k1, k2, reverse, arrays) -> None:
-        """Plan one recurrence and queue it; arrays in the order of csrc/rnnfast.h."""
-        index = 0 if x.device.index is None else x.device.index
-        plan = self._plan(index, which, cell, self._format(x, index), T, B, H, k1, k2)
-        scratch = x.new_empty(plan.scratch_bytes, dtype=torch.uint8)
-        kernel = getattr(self.native, f"{which}_{_FORMATS[x.dtype]}")
+    def _launch(self, recurrences: list[Recurrence]) -> None:
+        """Plan recurrences that differ in their direction alone, and queue them."""
+        first = recurrences[0]
+        x, index = first.like, first.like.device.index or 0
+        number = number_format(x.dtype, self._device(index).capability)
+        work = (first.which, first.cell, number, *first.sizes)
+        plans = self.plans(self._device(index), len(recurrences), *work)
+        kernel = getattr(self.native, f"{first.which}_{_FORMATS[x.dtype]}")
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        kernel(plan, [reverse], [list(map(_address, arrays))], _address(scratch), index, stream)
+        shared = [recurrences] if len(plans) == 1 else [[each] for each in recurrences]
+        for plan, together in zip(plans, shared, strict=True):
+            scratch = x.new_empty(plan.scratch_bytes, dtype=torch.uint8)
+            addresses = [list(map(_address, each.arrays)) for each in together]
+            reverse = [each.reverse for each in together]
+            kernel(plan, reverse, addresses, _address(scratch), index, stream)
 
-    def _format(self, x: Tensor, index: int) -> str:
-        tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        if tf32 and self._device(index).capability >= 80:
-            return "tf32"
-        try:
-            return _FORMATS[x.dtype]
-        except KeyError:
-            raise NotImplementedError(
-                f"rnnfast's CUDA kernels have no {x.dtype}; they compute in float32, float64, "
-                "float16 and bfloat16"
-            ) from None
+    def _new_plans(self, device, directions, which, cell, number, *sizes) -> list[Any]:
+        """The plans of the launches that follow each other; `cycles` are a step's, estimated.
 
-    def _new_plan(self, index, which, cell, number_format, T, B, H, k1, k2):
-        sizes = (T, B, H, k1, k2)
-        return self.native.plan(
-            self._device(index), which == "backward", cell, number_format, *sizes, 1, self.method
-        )
+        One for both directions, which then share the device, or one for each where that would
+        take longer than two launches: weights that all of the device's registers and shared
+        memory hold for one direction may be too many for two.
+        """
+        work = (device, which == "backward", cell, number, *sizes)
+        together = self.native.plan(*work, directions, self.method)
+        if directions == 1:
+            return [together]
+        alone = self.native.plan(*work, 1, self.method)
+        return [alone, alone] if 2 * alone.cycles < together.cycles else [together]
+
+
+def _finished(direction: Generator) -> tuple:
+    try:
+        next(direction)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a direction asks for one launch")
+
+
+def number_format(dtype: torch.dtype, capability: int) -> str:
+    """What the kernels compute in: the planner's name for it; NotImplementedError for others."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and capability >= 80:
+        return "tf32"
+    try:
+        return _FORMATS[dtype]
+    except KeyError:
+        raise NotImplementedError(
+            f"rnnfast's CUDA kernels have no {dtype}; they compute in float32, float64, "
+            "float16 and bfloat16"
+        ) from None
 
 
 def _cell(nonlinearity: str) -> str:
@@ -241,3 +314,5 @@ def register() -> None:
     layers = Layers(_native.cuda)
     for name in ("lstm_layer", "rnn_layer", "lstm_layer_backward", "rnn_layer_backward"):
         torch.library.impl(f"rnnfast::{name}", "CUDA")(getattr(layers, name))
+    for name, kernel in bidirectional.kernels(layers.run).items():
+        torch.library.impl(f"rnnfast::bidirectional_{name}", "CUDA")(kernel)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import bptt, checks, cuda_ops, direct, packed, projected, stack
+from . import bidirectional, bptt, checks, cuda_ops, direct, packed, projected, stack
 from .bptt import Truncation
 from .checks import LayerWeights
 from .stack import Layer, State
@@ -212,6 +212,14 @@ def _relu_layer(
     return y, (h,), None
 
 
+# On CUDA the directions of a layer run side by side.
+_IN_ONE_LAUNCH = {
+    _lstm_layer: bidirectional.lstm,
+    _tanh_layer: bidirectional.rnn("tanh"),
+    _relu_layer: bidirectional.rnn("relu"),
+}
+
+
 def _rnn_layer(nonlinearity: str, error: type[Exception]) -> Layer:
     if nonlinearity == "tanh":
         return _tanh_layer
@@ -271,7 +279,8 @@ def _run(
         keep = "cells" if return_cells else "nothing"
     args = (groups, directions, dropout, k1, k2, keep)
     if sequence is None:
-        y, finals, cells = _run_layers(layer, x, states, *args)
+        both = _IN_ONE_LAUNCH.get(layer) if x.is_cuda and directions == 2 else None
+        y, finals, cells = _run_layers(layer, x, states, *args, both)
     elif k1 == k2:
         y, finals, cells = _run_layers(packed.over_segments(layer, batch_sizes), x, states, *args)
     else:
@@ -355,6 +364,7 @@ def _run_layers(
     k1: int,
     k2: int,
     keep: str,
+    both: stack.BothDirections | None = None,
 ) -> tuple[Tensor, list[State], list[Tensor | None]]:
     """The whole stack on (T, B, I) or packed data; gives what stack.run gives."""
     if k2 > k1 and len(groups) > directions:
@@ -362,7 +372,7 @@ def _run_layers(
         if k1:
             return stack.run_windows(layer, x, states, groups, dropout, k1, k2, keep)
     between = (lambda _, y: F.dropout(y, dropout, True)) if dropout else None
-    return stack.run(layer, x, states, groups, directions, between, k1, k2, keep)
+    return stack.run(layer, x, states, groups, directions, between, k1, k2, keep, both)
 
 
 def _step(

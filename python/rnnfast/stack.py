@@ -18,6 +18,8 @@ from .checks import LayerWeights
 
 State = tuple[Tensor, ...]
 Between = Callable[[int, Tensor], Tensor]
+# Both directions of a layer: x, states, weights, k1, k2, keep to y (T, B, 2 * P), finals, cells.
+BothDirections = Callable[..., tuple[Tensor, list[State], list[Tensor | None]]]
 
 
 class Layer(Protocol):
@@ -43,10 +45,12 @@ def run(
     k1: int,
     k2: int,
     keep: str,
+    both: BothDirections | None = None,
 ) -> tuple[Tensor, list[State], list[Tensor | None]]:
     """Run all layers and directions.
 
     between(i, y), if given, is applied to the outputs of layer i on their way to layer i + 1.
+    both, if given, runs the two directions of a layer in the place of two calls of `layer`.
     Gives the last layer's outputs (T, B, D * P), the final states in the order of `states`, and the
     last layer's cell states, one tensor per direction.
     """
@@ -54,6 +58,10 @@ def run(
     for i in range(0, len(weights), directions):
         if i and between is not None:
             x = between(i // directions - 1, x)
+        if both is not None:
+            x, pair, cells = both(x, states[i : i + 2], weights[i : i + 2], k1, k2, keep)
+            finals += pair
+            continue
         y, final, c = layer(x, states[i], weights[i], False, k1, k2, keep)
         finals.append(final)
         cells = [c]

@@ -30,6 +30,7 @@ ROOMS = {
     "functional": {"torch"},
     "modules": {"torch"},
     "convert": {"torch"},
+    "cuda_plan": {"torch"},
     "explain": {"torch"},
     "rnnfast": set(),  # the public names, __init__.py
     "reference_modules": {"numpy", "torch"},

@@ -29,6 +29,10 @@ def check(chosen, T, B, H, backward, cell, directions, properties):
     step = {True: 16 if chosen["format"] == "tf32" else 32, False: 32}[chosen["tensor_cores"]]
     assert chosen["k_steps"] * chosen["k_warps"] * step >= terms
     assert 8 % chosen["k_warps"] == 0
+    parts = [chosen[f"{place}_weight_bytes"] for place in ("register", "shared", "streamed")]
+    assert min(parts) >= 0
+    assert chosen["blocks"] * sum(parts) == chosen["weights_bytes"]
+    assert parts[1] <= chosen["shared_bytes"]
     assert chosen["register_steps"] <= chosen["k_steps"]
     assert chosen["shared_bytes"] <= properties["shared_bytes"]
     if chosen["method"] == "local":

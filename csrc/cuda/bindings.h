@@ -55,13 +55,20 @@ inline Plan plan(const Device& device, bool backward, const std::string& cell, c
 
 inline py::dict as_dict(const Plan& plan) {
   const Tiling& tiling = plan.tiling;
+  const Residency weights = residency(plan);
+  const Index tile_bytes = plan.engine.tile_bytes;
   return py::dict(
       "method"_a = name(plan.method), "format"_a = name(plan.work.format), "tensor_cores"_a = plan.engine.tensor_cores,
-      "blocks"_a = plan.blocks, "groups"_a = plan.groups, "columns"_a = tiling.columns,
+      "directions"_a = plan.work.directions, "blocks"_a = plan.blocks, "groups"_a = plan.groups,
+      "columns"_a = tiling.columns,
       "group_columns"_a = tiling.group_columns, "pass_columns"_a = tiling.pass_columns,
-      "tile_rows"_a = plan.engine.tile_rows, "row_tiles"_a = plan.engine.row_tiles,
+      "tile_rows"_a = plan.engine.tile_rows, "tile_columns"_a = plan.engine.tile_columns,
+      "tile_terms"_a = plan.engine.step, "row_tiles"_a = plan.engine.row_tiles,
       "bundles"_a = tiling.bundles, "k_warps"_a = tiling.k_warps, "k_steps"_a = tiling.k_steps,
       "register_steps"_a = tiling.register_steps, "shared_tiles"_a = tiling.shared_tiles,
+      "register_weight_bytes"_a = weights.registers * tile_bytes,
+      "shared_weight_bytes"_a = weights.shared * tile_bytes,
+      "streamed_weight_bytes"_a = weights.streamed * tile_bytes, "weights_bytes"_a = plan.weights_bytes,
       "shared_bytes"_a = plan.shared_bytes, "scratch_bytes"_a = plan.scratch_bytes,
       "cycles"_a = plan.cycles, "reason"_a = plan.reason);
 }

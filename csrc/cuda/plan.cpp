@@ -45,13 +45,9 @@ double step_cycles(const Plan& plan, const Device& device, const Product& produc
   const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
   const double passes = double(ceil_div(tiling.group_columns, tiling.pass_columns));
   const double column_tiles = passes * double(tiling.pass_columns / engine.tile_columns);
-  const double tiles = double(tiling.bundles) * engine.row_tiles * tiling.k_steps * tiling.k_warps;
-  const double in_registers =
-      double(std::min(tiling.bundles, block_warps / tiling.k_warps)) * tiling.k_warps *
-      tiling.register_steps * engine.row_tiles;
-  const double in_shared_tiles =
-      std::min(double(tiling.shared_tiles) * block_warps, tiles - in_registers);
-  const double streamed = tiles - in_registers - in_shared_tiles;
+  const Residency weights = residency(plan);
+  const double in_shared_tiles = double(weights.shared), streamed = double(weights.streamed);
+  const double tiles = double(weights.registers) + in_shared_tiles + streamed;
 
   const double multiply = tiles * column_tiles * tile_cycles(engine);
   const double inputs = double(tiling.group_columns) * double(product.terms) * engine.real_bytes *
@@ -193,6 +189,23 @@ void check(const Device& device, const Work& work) {
 }
 
 }  // namespace
+
+Residency residency(const Plan& plan) {
+  const Tiling& tiling = plan.tiling;
+  const Index row_tiles = plan.engine.row_tiles;
+  const int turns = block_warps / tiling.k_warps;  // bundles that are multiplied side by side
+  Residency of_block{};
+  for (int first = 0; first < std::min(turns, tiling.bundles); ++first) {
+    const Index bundles = ceil_div(tiling.bundles - first, turns);  // of each of k_warps warps
+    const Index registers = tiling.register_steps * row_tiles;
+    const Index others = bundles * tiling.k_steps * row_tiles - registers;
+    const Index shared = std::min<Index>(tiling.shared_tiles, others);
+    of_block.registers += tiling.k_warps * registers;
+    of_block.shared += tiling.k_warps * shared;
+    of_block.streamed += tiling.k_warps * (others - shared);
+  }
+  return of_block;
+}
 
 Plan plan_recurrence(const Device& device, const Work& work, Method method) {
   check(device, work);

@@ -87,6 +87,13 @@ struct Plan {
   std::string reason;         // why the fallback was taken; else empty
 };
 
+// Where a block's tiles of weights are from step to step. Those of the last block's missing rows count.
+struct Residency {
+  Index registers, shared, streamed;
+};
+
+Residency residency(const Plan& plan);
+
 // The best plan, or the best of one method. Throws std::invalid_argument where that method cannot run it.
 Plan plan_recurrence(const Device& device, const Work& work);
 Plan plan_recurrence(const Device& device, const Work& work, Method method);

@@ -1,19 +1,22 @@
-"""explain(): what a forward pass will do on this machine, and the least time it can take.
+"""explain(): what a pass will do on this machine and, on the CPU, the least time it can take.
 
 The plan is the native core's own (csrc/cpu/plan.h), asked for with the sizes of the call; ceilings
-are measured once per process.
+are measured once per process. Plans for a GPU are put in words by `cuda_plan`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, modules
+from . import bptt, checks, cuda_plan, modules
 from ._native import build_info, core, fma_peak, precision, read_bandwidth
+from .cuda_plan import CudaExplanation, size
 
 READINGS = 3  # of each ceiling: the best counts, as other programs may run meanwhile
 
@@ -87,7 +90,7 @@ class LayerPlan:
             what = "batch rows" if self.split == "rows" else "hidden units"
             work = f"{self.threads} threads share the {what}"
         weights = "packed, and kept for the next call" if self.packed else "read where they lie"
-        part = "all" if self.split == "rows" else _size(self.w_hh_bytes_per_thread)
+        part = "all" if self.split == "rows" else size(self.w_hh_bytes_per_thread)
         place = "from memory" if self.level == "memory" else f"from the {self.level} cache"
         rows, sums = self.tile
         return "\n".join(
@@ -96,7 +99,7 @@ class LayerPlan:
                 f"{str(self.dtype).removeprefix('torch.')} on {self.isa}",
                 f"  {work}; weights {weights}; projection of {self.chunk} steps at a time; "
                 f"tiles of {rows} rows x {sums} sums",
-                f"  W_hh {_size(self.w_hh_bytes)}, of which a thread reads {part} a step {place}",
+                f"  W_hh {size(self.w_hh_bytes)}, of which a thread reads {part} a step {place}",
                 f"  floor {_time(self.floor_seconds)}, bound by {self.bound}: "
                 f"arithmetic {_time(self.arithmetic_seconds)} at {self.peak / 1e9:.0f} GFLOP/s, "
                 f"reading {_time(self.reading_seconds)} at {self.bandwidth / 1e9:.0f} GB/s",
@@ -121,24 +124,33 @@ class Explanation(tuple):
     __repr__ = __str__
 
 
-def explain(module: modules.LSTM | modules.RNN, x: Tensor) -> Explanation:
-    """How a forward pass of `module` on `x` is computed on the CPU, and what bounds its time.
+def explain(
+    module: modules.LSTM | modules.RNN, x: Tensor, gpu: Mapping[str, Any] | None = None
+) -> Explanation | CudaExplanation:
+    """How `module` computes on `x`, and what bounds its time.
 
     Args:
         module: a rnnfast.LSTM or RNN without projection.
         x: what it would be called with: (T, B, I), (B, T, I) if batch_first, or unbatched (T, I).
-            Only its shape and dtype count; nothing is computed.
+            Only its shape, dtype and device count; nothing is computed.
+        gpu: a GPU to plan for, wherever module and x are: capability (90 for 9.0), multiprocessors,
+            shared_bytes (that one block can have), largest_cluster (blocks; 1 where there are no
+            clusters) and cooperative (whether it has cooperative launches).
 
     Returns:
-        A tuple of `LayerPlan`, one per layer and direction, to print or to read: threads and how
-        they share the work, packing, chunk, tile, bytes of W_hh and the cache they fit, and the
-        floor in seconds: the larger of flops over the measured FMA peak, and bytes of W_hh per step
-        over the measured bandwidth of that cache.
+        For the CPU a tuple of `LayerPlan`, one per layer and direction of the forward pass, to
+        print or to read: threads and how they share the work, packing, chunk, tile, bytes of W_hh
+        and the cache they fit, and the floor in seconds: the larger of flops over the measured FMA
+        peak, and bytes of W_hh per step over the measured bandwidth of that cache.
+        For x on a GPU, or with `gpu`, a tuple of `CudaPlan`, one per launch of a recurrence,
+        forward and backward: how h is exchanged, blocks, tiling, where weights stay, memory.
 
-    The first call measures for about a second; later ones only where another number of threads or
-    another cache comes up. float16 and bfloat16 are planned as float32, in which they are computed.
-    Raises TypeError for other modules, PackedSequence and other arguments, NotImplementedError for
-    projections and for devices but the CPU, RuntimeError or ValueError as the call would for x.
+    The CPU's first call measures for about a second; later ones only where another number of
+    threads or another cache comes up. On the CPU float16 and bfloat16 are planned as float32, in
+    which they are computed. Raises TypeError for other modules, PackedSequence and other
+    arguments, NotImplementedError for projections, for devices without kernels and for the windows
+    of a stack with k2 > k1 on a GPU, RuntimeError or ValueError as the call would for x, for a
+    build without CUDA kernels, and for a `gpu` that is not described so.
     """
     if not isinstance(module, (modules.LSTM, modules.RNN)):
         raise TypeError(f"module is {type(module).__name__}, but should be rnnfast.LSTM or RNN")
@@ -150,9 +162,9 @@ def explain(module: modules.LSTM | modules.RNN, x: Tensor) -> Explanation:
         )
     weight = module.weights()[0]
     x = checks.check_input(type(module).__name__, x, weight, (2, 3))
-    if x.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"x is on {x.device}, but only the CPU's plan is explained")
-    dtype = torch.float32 if x.dtype in checks.HALF_DTYPES else x.dtype
+    on_gpu = gpu is not None or x.device.type == "cuda"
+    if not on_gpu and x.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"x is on {x.device}, but only CPU and CUDA plans are explained")
     T, B = (*x.shape[:-1], 1)[:2]
     if module.batch_first and x.dim() == 3:
         T, B = B, T
@@ -160,6 +172,9 @@ def explain(module: modules.LSTM | modules.RNN, x: Tensor) -> Explanation:
         raise RuntimeError("x has 0 time steps, but should have at least 1")
     directions = 2 if module.bidirectional else 1
     cell = "lstm" if isinstance(module, modules.LSTM) else module.nonlinearity
+    if on_gpu:
+        return _on_gpu(module, cell, T, B, x.dtype, cuda_plan.device_of(x.device.index or 0, gpu))
+    dtype = torch.float32 if x.dtype in checks.HALF_DTYPES else x.dtype
     plans = []
     for layer in range(module.num_layers):
         I = module.hidden_size * directions if layer else module.input_size
@@ -167,6 +182,30 @@ def explain(module: modules.LSTM | modules.RNN, x: Tensor) -> Explanation:
             name = f"layer {layer}{' reverse' if direction else ''}"
             plans.append(_plan(name, cell, T, B, I, module.hidden_size, dtype))
     return Explanation(plans)
+
+
+def _on_gpu(
+    module: modules.LSTM | modules.RNN, cell: str, T: int, B: int, dtype: torch.dtype, device: Any
+) -> CudaExplanation:
+    k1, k2 = bptt.parse_truncate(module.truncate, T)
+    if k1 < k2:
+        if module.num_layers > 1:
+            raise NotImplementedError(
+                f"module has truncate={module.truncate}, but the windows of a stack with k2 > k1 "
+                "are not explained for a GPU"
+            )
+        if dtype in checks.HALF_DTYPES:
+            dtype = torch.float32  # as `functional` computes it
+    directions = 2 if module.bidirectional else 1
+    plans = []
+    for which in ("forward", "backward"):
+        for layer in range(module.num_layers):
+            I = module.hidden_size * directions if layer else module.input_size
+            sizes = (T, B, I, module.hidden_size)
+            plans += cuda_plan.layer_plans(
+                device, layer, which, cell, sizes, (k1, k2), dtype, directions
+            )
+    return CudaExplanation(plans)
 
 
 def _plan(name: str, cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype) -> LayerPlan:
@@ -216,13 +255,6 @@ def _bandwidth(level: str, threads: int) -> float:
         "memory": 4 * l3 // threads,
     }
     return max(read_bandwidth(sizes[level], threads) for _ in range(READINGS))
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"
 
 
 def _time(seconds: float) -> str:

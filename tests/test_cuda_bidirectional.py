@@ -145,6 +145,18 @@ def test_nothing_to_do(cell):
     assert launches() == {}
 
 
+@pytest.mark.parametrize("cell", ["lstm", "tanh"])
+def test_autocast_changes_nothing_inside(cell):
+    """`functional` casts what goes in; products inside of an operator stay in the layer's dtype."""
+    case = Case(cell, 3, 2, 4, 20, truncate=(2, 2))
+    want, alone = both(case, torch.float32), run(case, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = [*both(case, torch.float32), run(case, torch.float32)]
+    for results, others in zip(got, [*want, alone], strict=True):
+        for name, value in others.items():
+            assert torch.equal(results[name], value), name
+
+
 def layers(count, H=5, I=3):
     """States and weights of a bidirectional stack."""
 

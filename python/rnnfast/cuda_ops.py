@@ -91,6 +91,11 @@ class Layers:
 
     def run(self, name: str, calls: Sequence[tuple]) -> list[tuple]:
         """The results of an operator's calls: one, or two of a layer's directions side by side."""
+        device = next(arg for arg in calls[0] if isinstance(arg, Tensor)).device.type
+        if torch.is_autocast_enabled(device):
+            # It would hand our kernels products of another dtype than they were promised.
+            with torch.autocast(device, enabled=False):
+                return self.run(name, calls)
         directions = [getattr(type(self), name).direction(self, *call) for call in calls]
         recurrences = [next(direction) for direction in directions]
         if recurrences[0] is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from by_layers import by_layers
 from one_layer import Case, assert_results, by_reference
-from rnnfast import LSTM, RNN, _native, cuda_ops
+from rnnfast import LSTM, RNN, _native, cuda_ops, functional
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _native.cuda is None, reason="needs a GPU and CUDA kernels"
@@ -94,6 +94,33 @@ def test_modules_train_as_torch_s(ours, theirs, layers, bidirectional):
     torch.testing.assert_close(got(x)[0], want(x)[0])
     for a, b in zip(got.parameters(), want.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("H", [33, 700])
+@pytest.mark.parametrize("truncate", [None, 4, (4, 7)], ids=str)
+@pytest.mark.parametrize("cls", [LSTM, RNN])
+def test_directions_side_by_side_are_those_one_after_the_other(cls, truncate, H, monkeypatch):
+    module = cls(7, H, bidirectional=True, truncate=truncate, device="cuda", dtype=torch.float64)
+    x = torch.randn(13, 5, 7, device="cuda", dtype=torch.float64, requires_grad=True)
+
+    def results():
+        y, _ = module(x)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+
+    together = results()
+    monkeypatch.setattr(functional, "_IN_ONE_LAUNCH", {})
+    torch.testing.assert_close(together, results())
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_under_autocast(bidirectional):
+    module = LSTM(7, 33, bidirectional=bidirectional, device="cuda")
+    x = torch.randn(13, 5, 7, device="cuda")
+    want = module(x)[0]
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = module(x)[0]
+        assert torch.equal(y, want)
+        y.sum().backward()
 
 
 def test_more_steps_than_16_bits_count():

@@ -210,15 +210,17 @@ inline void require(cudaError_t error, const std::string& what) {
 // The device that calls go to, for as long as this lives.
 class DeviceScope {
  public:
-  explicit DeviceScope(int device) {
+  explicit DeviceScope(int device) : device_(device) {
     require(cudaGetDevice(&before_), "cudaGetDevice");
-    require(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    if (device_ != before_) require(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
   }
-  ~DeviceScope() { cudaSetDevice(before_); }
+  ~DeviceScope() {
+    if (device_ != before_) cudaSetDevice(before_);
+  }
   DeviceScope(const DeviceScope&) = delete;
 
  private:
-  int before_ = 0;
+  int device_, before_ = 0;
 };
 
 struct LaunchShape {
@@ -229,14 +231,28 @@ struct LaunchShape {
   bool resident;       // all blocks must be on the device at once
 };
 
+inline int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  require(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// As much as a block can have, whatever a launch needs: a limit of this launch's own would be another
+// thread's too, which may launch the same kernel at the same time and need more.
+inline void allow_shared_memory(const void* kernel, const std::string& what) {
+  int device = 0;
+  require(cudaGetDevice(&device), "cudaGetDevice");
+  require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          what + ": shared memory");
+}
+
 // `what` names kernel and problem, for the message of an error.
 template <class... Parameters, class... Arguments>
 void launch(const std::string& what, void (*kernel)(Parameters...), const LaunchShape& shape,
             Stream stream, const Arguments&... arguments) {
-  if (shape.shared > 0)
-    require(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared)),
-            what + ": shared memory");
+  constexpr std::size_t always_allowed = 48 << 10;
+  if (shape.shared > always_allowed) allow_shared_memory(reinterpret_cast<const void*>(kernel), what);
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
   if (shape.resident) {
@@ -263,17 +279,28 @@ inline void clear(void* memory, std::size_t bytes, Stream stream) {
   require(cudaMemsetAsync(memory, 0, bytes, stream), "cudaMemsetAsync");
 }
 
-inline Device query_device(int index) {
-  const auto read = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    require(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
-    return value;
-  };
-  const int major = read(cudaDevAttrComputeCapabilityMajor);
-  const int minor = read(cudaDevAttrComputeCapabilityMinor);
-  return {10 * major + minor, read(cudaDevAttrMultiProcessorCount),
-          read(cudaDevAttrMaxSharedMemoryPerBlockOptin), major >= 9 ? 8 : 1,
-          read(cudaDevAttrCooperativeLaunch) != 0};
+// Clusters of 8 are what every GPU with clusters promises, if it is whole: a slice of one may have fewer
+// multiprocessors side by side. `kernel` is any; a block with all shared memory has a multiprocessor to itself.
+inline int query_cluster(int device, void (*kernel)()) {
+  if (!attribute_of(device, cudaDevAttrClusterLaunch)) return 1;
+  const DeviceScope scope(device);
+  const auto probe = reinterpret_cast<const void*>(kernel);
+  allow_shared_memory(probe, "cluster size");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(8);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = std::size_t(attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  int largest = 1;
+  require(cudaOccupancyMaxPotentialClusterSize(&largest, probe, &config), "cluster size");
+  return largest < 8 ? largest : 8;
+}
+
+inline Device query_device(int device, void (*kernel)()) {
+  const int major = attribute_of(device, cudaDevAttrComputeCapabilityMajor);
+  const int minor = attribute_of(device, cudaDevAttrComputeCapabilityMinor);
+  return {10 * major + minor, attribute_of(device, cudaDevAttrMultiProcessorCount),
+          attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin), query_cluster(device, kernel),
+          attribute_of(device, cudaDevAttrCooperativeLaunch) != 0};
 }
 
 }  // namespace rnnfast::cuda

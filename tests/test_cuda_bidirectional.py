@@ -145,6 +145,18 @@ def test_nothing_to_do(cell):
     assert launches() == {}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_that_are_computed_again(dtype):
+    case = Case("lstm", 7, 3, 3, 20, truncate=(2, 3))
+    results = both(case, dtype, keep="cells")
+    check(case, results, dtype)
+    with emulating():
+        alone = [run(each, dtype, keep="cells") for each in directions(case)]
+    for name, value in alone[1].items():
+        if name != "dx":
+            assert torch.equal(results[1][name], value), name
+
+
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])
 def test_autocast_changes_nothing_inside(cell):
     """`functional` casts what goes in; products inside of an operator stay in the layer's dtype."""

@@ -113,6 +113,10 @@ def test_mistakes():
         with pytest.raises(RuntimeError) as caught:
             bidirectional.lstm_layer(x, *wrong)
         assert str(caught.value) == f"{name}_reverse has shape (3, 3), but should have {shape}"
+    y, each = torch.zeros(4, 2, 5, dtype=torch.float64), (None, rest[0], rest[2][:5], rest[3][:5])
+    backward = torch.ops.rnnfast.bidirectional_rnn_layer_backward
+    with pytest.raises(RuntimeError, match=r"y has shape \(4, 2, 5\), .* have \(4, 2, 10\)"):
+        backward(None, x, y, *each, *each, "tanh", 0, 0, *(True,) * 4)
     rest[0] = rest[6] = rest[0].float()
     with pytest.raises(RuntimeError, match=r"h0 is torch\.float32, but x is torch\.float64"):
         bidirectional.lstm_layer(x, *rest)

@@ -46,12 +46,23 @@ def split(args: Sequence[Any], each: int) -> tuple[Sequence[Any], Sequence[Any],
     return args[:each], args[each : 2 * each], args[2 * each :]
 
 
-def halves(sequence: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _halves(name: str, sequence: Tensor | None, x: Tensor, w_hh: Tensor) -> Sequence[Tensor | None]:
     """Each direction's part of (T, B, 2 * H)."""
+    ops._expect(name, sequence, (*x.shape[:2], 2 * w_hh.shape[-1]), x)
     return (None, None) if sequence is None else sequence.chunk(2, -1)
 
 
-def check_reverse(directions: tuple[str, str], first: Sequence[Any], second: Sequence[Any]) -> None:
+def _side_by_side(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.cat((first[0], second[0]), -1), *first[1:], *second[1:]
+
+
+def _added(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return first[0] + second[0], *first[1:], *second[1:]
+
+
+def _check_reverse(
+    directions: tuple[str, str], first: Sequence[Any], second: Sequence[Any]
+) -> None:
     """The second direction's arguments have the shapes of the first one's."""
     for argument, tensor, other in zip(directions[0].split(","), first, second, strict=True):
         if tensor is not None:
@@ -73,40 +84,36 @@ def kernels(run: Run) -> dict[str, Callable]:
 
     def lstm_layer(x, *args):
         first, second, options = split(args, 6)
-        check_reverse(LSTM, first, second)
+        _check_reverse(LSTM, first, second)
         calls = (x, *first, False, *options), (x, *second, True, *options)
-        return side_by_side(*run("lstm_layer", calls))
+        return _side_by_side(*run("lstm_layer", calls))
 
     def rnn_layer(x, *args):
         first, second, (nonlinearity, *options) = split(args, 5)
-        check_reverse(RNN, first, second)
+        _check_reverse(RNN, first, second)
         calls = [(x, *first, nonlinearity, False, *options)]
         calls += [(x, *second, nonlinearity, True, *options)]
-        return side_by_side(*run("rnn_layer", calls))
+        return _side_by_side(*run("rnn_layer", calls))
 
     def lstm_layer_backward(dy, x, y, *args):
         first, second, options = split(args, 11)
-        check_reverse(LSTM_BACKWARD, first, second)
-        dys, ys, calls = halves(dy), halves(y), []
+        _check_reverse(LSTM_BACKWARD, first, second)
+        w_hh, calls = first[6], []
+        dys, ys = _halves("dy", dy, x, w_hh), _halves("y", y, x, w_hh)
         for n, (*upstream, h0, c0, w_ih, w_hh, c, gates, b_ih, b_hh) in enumerate((first, second)):
             saved = (x, h0, c0, w_ih, w_hh, ys[n], c, gates)
             calls.append((dys[n], *upstream, *saved, n == 1, *options, b_ih, b_hh))
-        return added(*run("lstm_layer_backward", calls))
+        return _added(*run("lstm_layer_backward", calls))
 
     def rnn_layer_backward(dy, x, y, *args):
         first, second, (nonlinearity, *options) = split(args, 4)
-        check_reverse(RNN_BACKWARD, first, second)
-        dys, ys, calls = halves(dy), halves(y), []
+        _check_reverse(RNN_BACKWARD, first, second)
+        w_hh, calls = first[3], []
+        dys, ys = _halves("dy", dy, x, w_hh), _halves("y", y, x, w_hh)
         for n, (dh_n, h0, w_ih, w_hh) in enumerate((first, second)):
             saved = (x, h0, w_ih, w_hh, ys[n])
             calls.append((dys[n], dh_n, *saved, nonlinearity, n == 1, *options))
-        return added(*run("rnn_layer_backward", calls))
-
-    def side_by_side(first, second):
-        return torch.cat((first[0], second[0]), -1), *first[1:], *second[1:]
-
-    def added(first, second):
-        return first[0] + second[0], *first[1:], *second[1:]
+        return _added(*run("rnn_layer_backward", calls))
 
     written = (lstm_layer, rnn_layer, lstm_layer_backward, rnn_layer_backward)
     return {kernel.__name__: kernel for kernel in written}

@@ -20,6 +20,7 @@ ROOMS = {
     "cpu": {"torch"},
     "ops": {"torch"},
     "bidirectional": {"torch"},
+    "halved": set(),
     "direct": {"torch"},
     "cuda_ops": {"torch"},
     "bptt": {"torch"},

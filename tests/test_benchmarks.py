@@ -17,7 +17,7 @@ import pytest
 import torch
 from rnnfast import _native
 
-from benchmarks import counts, ladder, peers, pictures, report, results, run, tables
+from benchmarks import counts, halved, ladder, peers, pictures, report, results, run, tables
 from benchmarks.agreement import DisagreementError, check_agreement
 from benchmarks.language_model import StepProblem
 from benchmarks.layers import LayerProblem
@@ -724,3 +724,10 @@ def test_wrong_arguments_are_refused(arguments, capsys):
         run.main(arguments.split())
     option = arguments.split()[0].removeprefix("--").removesuffix("s")
     assert option in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_halved_end_to_end(capsys):
+    assert halved.main(["--shapes", "LSTM:6,1,3,5", "RNN:6,1,3,5", "--rounds", "2"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["float32", "halved", "faster"]
+    assert [line.split()[0] for line in lines] == ["LSTM:6,1,3,5", "RNN:6,1,3,5"]

@@ -29,11 +29,11 @@ def halved_recurrence(enabled: bool = True) -> Iterator[None]:
     """Context in which float32 layers compute with W_hh rounded to bfloat16 (8 bits of precision).
 
     ``with torch.no_grad(), rnnfast.halved_recurrence(): y, state = layer(x)``. Worth it for a few
-    sequences at a time and a W_hh that is larger than a core's L2 cache; nothing is gained with
-    many rows; single steps read all of W_hh anyway, and take longer to round it. Of no effect where a
-    gradient is recorded, under torch.compile, on other dtypes (but float16, which is computed in
-    float32) and on other devices. It holds for the calling thread, and contexts nest;
-    enabled=False undoes it inside.
+    sequences at a time and a W_hh that is larger than a core's L2 cache. Nothing is gained with
+    many rows, and single steps, which read all of W_hh as it is, take longer to round it. Of no
+    effect where a gradient is recorded, under torch.compile, on other dtypes (but float16, which
+    is computed in float32) and on other devices. It holds for the calling thread, and contexts
+    nest; enabled=False undoes it inside.
     """
     before = _wish.halved
     _wish.halved = bool(enabled)

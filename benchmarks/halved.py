@@ -1,4 +1,4 @@
-"""What W_hh at half the bytes brings: ``python -m benchmarks.halved --shapes LSTM:100,1,1024,1024``.
+"""What W_hh at half the bytes brings: ``python -m benchmarks.halved --shapes LSTM:99,1,512,512``.
 
 Times inference in float32 with and without `rnnfast.halved_recurrence`, each on weights of its own,
 so that both keep their packed weights.

@@ -31,6 +31,8 @@ except ImportError as error:  # the package runs without, up to the first call t
 
 try:
     from . import _cuda as cuda
+
+    cuda_missing = None
 except ImportError as error:  # built where nvcc was found; all else works without
     cuda, cuda_missing = None, str(error)
 

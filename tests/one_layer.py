@@ -82,6 +82,19 @@ class Case:
 
 LAYOUTS = ("dense", "offset", "transposed", "strided", "expanded")
 
+# What a layer on the CPU may meet, for `pairwise`.
+AXES = {
+    "T": [1, 2, 3, 17],
+    "B": [0, 1, 2, 3, 17, 131],
+    "I": [0, 1, 2, 3, 17, 130],
+    "H": [1, 2, 3, 17, 65, 129],
+    "reverse": [False, True],
+    "biases": ["both", "none", "input", "hidden"],
+    "layout": list(LAYOUTS),
+    "upstream": [("y",), ("h_n", "c_n"), ("y", "c"), ("y", "h_n", "c_n", "c")],
+    "truncate": [None, (1, 1), (2, 2), (2, 3), (3, 11)],
+}
+
 
 def laid_out(value: Tensor, layout: str, name: str = "") -> Tensor:
     """The same values in other memory; "expanded" repeats the first row of a state or a gradient.

@@ -15,7 +15,7 @@ import one_layer
 import pytest
 import torch
 from one_layer import (
-    LAYOUTS,
+    AXES,
     Case,
     assert_results,
     by_operator,
@@ -30,20 +30,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
-PAIRWISE = [
-    Case("lstm", **choice)
-    for choice in pairwise(
-        T=[1, 2, 3, 17, 67],
-        B=[0, 1, 2, 3, 17, 131],
-        I=[0, 1, 2, 3, 17, 130],
-        H=[1, 2, 3, 17, 65, 129],
-        reverse=[False, True],
-        biases=["both", "none", "input", "hidden"],
-        layout=list(LAYOUTS),
-        upstream=[("y",), ("h_n", "c_n"), ("y", "c"), ("y", "h_n", "c_n", "c")],
-        truncate=[None, (1, 1), (2, 2), (2, 3), (3, 11)],
-    )
-]
+PAIRWISE = [Case("lstm", **choice) for choice in pairwise(**AXES | {"T": [1, 2, 3, 17, 67]})]
 # (T, B, I, H): several chunks of steps, sums in several pieces, too few rows to pack weights for.
 EDGES = [(1100, 1, 3, 5), (40, 33, 5, 7), (3, 131, 300, 4), (5, 3, 2, 280), (2, 2, 129, 65)]
 EDGES = [Case("lstm", *sizes) for sizes in EDGES]

@@ -1,8 +1,8 @@
 """lstm_layer and rnn_layer against the textbook, over awkward sizes, layouts and options.
 
-Sizes are chosen for the edges inside the kernels: sums are cut every 128 (float32) or 64 (float64)
-terms, rows go by in blocks of 128, weight gradients in blocks of 256 steps and batch rows and of 8
-panels of columns, register tiles have 3 or 6 rows and 4 vectors of 2 to 16 lanes.
+Sizes are chosen for the edges inside the kernels: sums are cut every 256 (float32) or 128 (float64)
+terms, rows go by in blocks of 128, weight gradients in blocks of 512 or 256 steps and batch rows,
+of 96 rows and 4 panels of columns, register tiles have 3 or 6 rows and 4 vectors of 2 to 16 lanes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from one_layer import (
-    LAYOUTS,
+    AXES,
     Case,
     assert_results,
     by_operator,
@@ -32,29 +32,18 @@ from tolerance import assert_close
 DTYPES = [torch.float64, torch.float32]
 CELLS = ["lstm", "tanh", "relu"]
 
-PAIRWISE = [
-    Case(**choice)
-    for choice in pairwise(
-        cell=CELLS,
-        T=[1, 2, 3, 17],
-        B=[0, 1, 2, 3, 17, 131],
-        I=[0, 1, 2, 3, 17, 130],
-        H=[1, 2, 3, 17, 65, 129],
-        reverse=[False, True],
-        biases=["both", "none", "input", "hidden"],
-        layout=list(LAYOUTS),
-        upstream=[("y",), ("h_n", "c_n"), ("y", "c"), ("y", "h_n", "c_n", "c")],
-        truncate=[None, (1, 1), (2, 2), (2, 3), (3, 11)],
-    )
-]
+PAIRWISE = [Case(**choice) for choice in pairwise(cell=CELLS, **AXES)]
 
 # (T, B, I, H)
 EDGES = [
     (2, 131, 5, 7),  # two blocks of rows in the recurrence
-    (129, 2, 3, 5),  # two blocks of rows in the projection, two of terms in the weight gradients
-    (3, 257, 2, 4),  # four blocks of rows, four of terms
-    (2, 3, 128, 16),  # whole pieces of sums, whole vectors
+    (129, 2, 3, 5),  # two blocks of rows in the projection, of terms in float64's weight gradients
+    (3, 257, 2, 4),  # four blocks of rows, two or four of terms
+    (2, 3, 128, 16),  # float64: whole pieces of sums, whole vectors
     (2, 3, 129, 16),  # one term more
+    (2, 3, 256, 16),  # the same in float32
+    (2, 3, 257, 16),
+    (3, 5, 2, 258),
     (2, 4, 64, 64),
     (2, 4, 65, 63),
     (3, 7, 4, 130),  # sums over H and 4H in pieces

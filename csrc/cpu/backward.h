@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "forward.h"
+#include "gemm.h"
 #include "gradient.h"
 #include "recompute.h"
 #include "steps.h"

@@ -12,7 +12,6 @@
 
 #include "../dispatch.h"
 #include "fingerprint.h"
-#include "gemm.h"
 #include "packs.h"
 #include "plan.h"
 #include "unpacked.h"

@@ -1,4 +1,4 @@
-// Matrix products of the rows of all time steps with weights: the projection, and dx.
+// Products of many rows with weights, into rows: dx.
 //
 // Bound by the FMA units as long as the panels in use stay close: rows go by in blocks, so each piece of a
 // panel is fetched once per block and used row_block times.
@@ -11,8 +11,7 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 // One block of rows by one piece of the right-hand side, into rows that hold the original columns side
 // by side. c[r] is the start of row r.
 template <class Element, class Right, class Out>
-void multiply_piece(Index rows, const Element* const* a, const Right& right, Piece piece, Out* const* c,
-                    bool accumulate) {
+void multiply_piece(Index rows, const Element* const* a, const Right& right, Piece piece, Out* const* c) {
   using Real = SumOf<Element>;
   constexpr Index width = Vec<Real>::width;
   const Columns<Element>& columns = right.columns;
@@ -21,7 +20,7 @@ void multiply_piece(Index rows, const Element* const* a, const Right& right, Pie
     const bool whole = columns.lanes(piece.panel, piece.first + piece.vectors - 1) == width;
     if (whole && elements_in<Element>(right.k_count) <= k_block<Element>) {
       for (Index r = 0; r < rows; ++r) target[r] = c[r] + columns.column(piece.panel, piece.first);
-      right.multiply(rows, piece, a, {target, columns.vector_stride(), accumulate});
+      right.multiply(rows, piece, a, {target, columns.vector_stride(), false});
       return;
     }
   }
@@ -36,7 +35,7 @@ void multiply_piece(Index rows, const Element* const* a, const Right& right, Pie
       Out* to = c[r] + columns.column(piece.panel, piece.first + v);
       const Index lanes = columns.lanes(piece.panel, piece.first + v);
       const auto sum = Vec<Real>::load(target[r] + v * width);
-      store(accumulate ? load(to, lanes) + sum : sum, to, lanes);
+      store(sum, to, lanes);
     }
   }
 }
@@ -54,7 +53,7 @@ void multiply_rows(Index count, RowIn&& a, const Right& right, Range part, RowOu
       out[m - rows.begin] = c(m);
     }
     for_each_piece(right.columns, part, false, [&](Piece piece) {
-      multiply_piece(rows.size(), in, right, piece, out, false);
+      multiply_piece(rows.size(), in, right, piece, out);
     });
   }
 }

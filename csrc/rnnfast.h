@@ -126,7 +126,7 @@ template <class Real, class State>
 struct RecurrenceForward {
   bool reverse;
 
-  const Real* a;     // input   (T, B, G*H)   x W_ih^T + b_ih + b_hh; gates, or an RNN's y, may be its memory
+  const Real* a;     // input   (T, B, G*H)   x W_ih^T + b_ih + b_hh; gates may be its memory
   const Real* w_hh;  // input   (G*H, H)
   const Real* h0;    // input   (B, H)
   const State* c0;   // input   (B, H)        LSTM only, else null

@@ -121,7 +121,8 @@ def test_edges_of_the_kernels(case, method, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_results_do_not_depend_on_the_order_of_threads(method, dtype):
-    case = Case("lstm", 4, 9, 2, 20, truncate=(2, 3))
+    # Overlapping windows are not for a grid.
+    case = Case("lstm", 4, 5, 2, 20, truncate=(2, 2) if method == "grid" else (2, 3))
     results = []
     for seed in (1, 2, 3):
         with emulating(seed, **SMALL):

@@ -19,8 +19,8 @@ FAULTS = {
     "race": "two threads use shared memory, one to write",
     "cluster race": "two threads use shared memory, one to write",
     "barrier": "wait at a barrier that others have passed by",
-    "flag": "wait for a flag that nobody raises",
-    "residency": "wait for a flag that nobody raises",
+    "number": "wait for a number that nobody publishes",
+    "residency": "wait for a number that nobody publishes",
     "bounds": "shared memory is used out of bounds",
 }
 

@@ -40,7 +40,7 @@ def test_method(case, method, dtype):
     except ValueError as error:
         # The planner refuses, before any launch, what this method cannot run.
         assert f"the method {method} cannot run this problem" in str(error)  # noqa: PT017
-        assert method in ("local", "cluster")
+        assert method != "steps"
         return
     assert_results(case, results, by_reference(case, dtype))
 
@@ -60,10 +60,10 @@ def error_of(module, x, exact):
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("H", "B"), [(64, 3), (256, 16), (768, 16)])
 def test_error_no_larger_than_cudnn_s(H, B, dtype):
-    """Over 1024 steps, against the same weights in float64."""
+    """Over 1024 steps, against the same weights in float64, by cuDNN: which has no error in that itself."""
     torch.manual_seed(0)
     theirs = torch.nn.LSTM(H, H, device="cuda", dtype=dtype)
     ours = LSTM(H, H, device="cuda", dtype=dtype)

@@ -19,7 +19,7 @@ struct Backward {
 
   // Memory between steps (plan.h, Scratch).
   struct Carry {
-    State* dc;
+    State* dc;      // of a launch's last step
     State* starts;
     Real* windows;
   };
@@ -68,9 +68,19 @@ struct Backward {
     return layer.da + (here.t * shape.B + here.b) * terms();
   }
 
+  // The state of a unit that stays with its thread: dc, on its way to the step before.
+  RNNFAST_DEVICE State state_before(int begin, int column, int unit) const {
+    return begin == 0 ? State(0) : carry.dc[column * shape.H + unit];
+  }
+  RNNFAST_DEVICE void keep_state(int column, int unit, State dc) const {
+    carry.dc[column * shape.H + unit] = dc;
+  }
+
+  static constexpr int cells_ahead = 1;  // of a thread, whose inputs are loaded a step ahead
+
   struct Inputs {
     At at;
-    State dh, dc, gate[4], c_prev, state;  // state: c, or an RNN's h
+    State dh, dc, gate[4], c_prev, state;  // dh, dc: that come from outside; state: c, or an RNN's h
   };
 
   RNNFAST_DEVICE Inputs load(int p, int column, int unit) const {
@@ -85,8 +95,7 @@ struct Backward {
       in.state = widen(layer.y[here]);
       return in;
     }
-    if (!in.at.starts) in.dc = carry.dc[column * H + unit];
-    if (in.at.counts && layer.dc) in.dc += layer.dc[here];
+    if (in.at.counts && layer.dc) in.dc = layer.dc[here];
     if (in.at.final && layer.dc_n) in.dc += layer.dc_n[own];
     const Index before = here + (layer.reverse ? shape.B * H : -shape.B * H);
     in.c_prev = in.at.step == 0 ? layer.c0[own] : layer.c[before];
@@ -98,7 +107,7 @@ struct Backward {
   }
 
   template <class Put>
-  RNNFAST_DEVICE void finish(int, int column, int unit, const Inputs& in, const State (&sums)[4],
+  RNNFAST_DEVICE void finish(int, int column, int unit, const Inputs& in, const State (&sums)[4], State& dc_after,
                              Put&& put) const {
     using V = Number<State>;
     const Index H = shape.H;
@@ -110,10 +119,10 @@ struct Backward {
     State da[4];
     if (shape.cell == Cell::lstm) {
       const LstmGates<V> gate{V(in.gate[0]), V(in.gate[1]), V(in.gate[2]), V(in.gate[3])};
-      V dc(in.dc);
+      V dc(in.at.starts ? in.dc : dc_after + in.dc);
       LstmGates<V> gradient{V(0), V(0), V(0), V(0)};
       lstm_backward(gate, V(in.c_prev), V(in.state), dh, dc, gradient);
-      carry.dc[column * H + unit] = dc.value;
+      dc_after = dc.value;
       da[0] = gradient.i.value;
       da[1] = gradient.f.value;
       da[2] = gradient.g.value;

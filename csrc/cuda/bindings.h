@@ -43,14 +43,25 @@ inline void require(Status status) {
   if (status != Status::ok) throw std::invalid_argument(message(status));
 }
 
-inline Plan plan(const Device& device, bool backward, const std::string& cell, const std::string& format, Index T,
-          Index B, Index H, Index k1, Index k2, int directions, const std::string& method) {
+inline Work work_of(bool backward, const std::string& cell, const std::string& format, Index T, Index B, Index H,
+                    Index k1, Index k2, int directions) {
   const Work work{backward ? Pass::backward : Pass::forward, format_of(format),
                   {cell_of(cell), T, B, H, k1, k2}, directions};
   require(check(work.shape));
   if (T < 1 || B < 1 || directions < 1 || directions > 2)
     throw std::invalid_argument("T and B must be at least 1, and there are one or two directions");
+  return work;
+}
+
+inline Plan plan(const Device& device, bool backward, const std::string& cell, const std::string& format, Index T,
+          Index B, Index H, Index k1, Index k2, int directions, const std::string& method) {
+  const Work work = work_of(backward, cell, format, T, B, H, k1, k2, directions);
   return method.empty() ? plan_recurrence(device, work) : plan_recurrence(device, work, method_of(method));
+}
+
+inline std::vector<Plan> plans(const Device& device, bool backward, const std::string& cell, const std::string& format, Index T,
+          Index B, Index H, Index k1, Index k2, int directions, const std::string& method) {
+  return all_plans(device, work_of(backward, cell, format, T, B, H, k1, k2, directions), method_of(method));
 }
 
 inline py::dict as_dict(const Plan& plan) {
@@ -69,7 +80,8 @@ inline py::dict as_dict(const Plan& plan) {
       "register_weight_bytes"_a = weights.registers * tile_bytes,
       "shared_weight_bytes"_a = weights.shared * tile_bytes,
       "streamed_weight_bytes"_a = weights.streamed * tile_bytes, "weights_bytes"_a = plan.weights_bytes,
-      "shared_bytes"_a = plan.shared_bytes, "scratch_bytes"_a = plan.scratch_bytes,
+      "shared_bytes"_a = plan.shared.bytes, "partial_buffers"_a = tiling.partial_buffers,
+      "scouts"_a = tiling.scouts, "scratch_bytes"_a = plan.scratch_bytes,
       "cycles"_a = plan.cycles, "reason"_a = plan.reason);
 }
 
@@ -148,6 +160,8 @@ inline void bind(py::module_& module) {
       .def("as_dict", &as_dict);
   module.def("plan", &plan, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,
              "k2"_a, "directions"_a = 1, "method"_a = "");
+  module.def("plans", &plans, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,
+             "k2"_a, "directions"_a, "method"_a);
   module.def("device_properties", &device_properties);
   bind_format<float>(module, "float32");
   bind_format<double>(module, "float64");

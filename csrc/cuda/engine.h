@@ -9,24 +9,9 @@
 // Fma is for any device and for exact float32 and float64; Mma for tensor cores (sm_80 and newer).
 #pragma once
 
-#include "platform.h"
+#include "exchange.h"
 
 namespace rnnfast::cuda {
-
-// Reads of v: from global memory that other blocks wrote, or from shared memory.
-struct FromGlobal {
-  template <class T>
-  RNNFAST_DEVICE static T read(const T* from) {
-    return load_fresh(from);
-  }
-};
-
-struct FromShared {
-  template <class T>
-  RNNFAST_DEVICE static T read(const T* from) {
-    return load_shared(from);
-  }
-};
 
 // One lane has one k of a step, and adds up its own part of 4 x 8 sums; the lanes add theirs at the end.
 template <class Real_, int rows_>
@@ -36,8 +21,9 @@ struct Fma {
   static constexpr int tile_rows = 4, tile_columns = 8, step = 32;
   static constexpr int planes = sizeof(State) / 4;
   static constexpr int column_tiles = 1;  // side by side
-  static constexpr int resident_tiles = sizeof(State) == 4 ? 8 : 2;  // of weights, in registers
+  static constexpr int resident_tiles = sizeof(State) == 4 ? 8 : 4;  // of weights, in registers
   static constexpr int row_tiles = sizeof(State) == 4 ? rows_ : 1;  // side by side
+  static constexpr int ahead = sizeof(State) == 4 ? 2 : 1;  // steps whose inputs are loaded together
   // The 16-bit formats have tensor cores wherever they have machine code of their own.
   static constexpr bool is_built = sizeof(Real) > 2 || lacks_tensor_cores;
 
@@ -51,7 +37,7 @@ struct Fma {
   };
 
   struct Inputs {
-    State v[tile_columns];
+    Real v[tile_columns];
   };
 
   static RNNFAST_DEVICE Columns columns(const Real* const* sources, int) {
@@ -67,8 +53,15 @@ struct Fma {
     k += lane;
     RNNFAST_UNROLL
     for (int n = 0; n < tile_columns; ++n)
-      inputs.v[n] = columns.from[n] && k < terms ? widen(From::read(columns.from[n] + k)) : State(0);
+      inputs.v[n] = columns.from[n] && k < terms ? From::read(columns.from[n] + k) : Real{};
     return inputs;
+  }
+
+  static RNNFAST_DEVICE bool arrived(const Inputs& inputs) {
+    bool all = true;
+    RNNFAST_UNROLL
+    for (int n = 0; n < tile_columns; ++n) all = all && has_arrived(inputs.v[n]);
+    return all;
   }
 
   static RNNFAST_DEVICE void multiply(const uint4 (&weights)[planes], const Inputs& inputs, Sums& sums) {
@@ -80,7 +73,7 @@ struct Fma {
       RNNFAST_UNROLL
       for (int n = 0; n < tile_columns; ++n) {
         State& sum = sums.sum[r * tile_columns + n];
-        sum = std::fma(w[r], inputs.v[n], sum);
+        sum = std::fma(w[r], widen(inputs.v[n]), sum);
       }
     }
   }
@@ -126,13 +119,15 @@ struct Mma {
   static constexpr int chunk = 16 / sizeof(Real);  // numbers in 16 bytes
   static constexpr int tile_rows = 16, tile_columns = 8, step = 4 * chunk;
   static constexpr int planes = 2;
-  static constexpr int column_tiles = rows_ == 1 ? 2 : 4;
-  static constexpr int resident_tiles = 6;
+  static constexpr int column_tiles = 2;
+  static constexpr int resident_tiles = 8;
   static constexpr int row_tiles = rows_;
+  static constexpr int ahead = 2;  // steps whose inputs are loaded together
   static constexpr bool is_built = has_tensor_cores;
 
+  // One for each of a step's two instructions, which then need not wait for each other.
   struct Sums {
-    float sum[4];
+    float sum[2][4];
   };
 
   struct Columns {
@@ -157,22 +152,23 @@ struct Mma {
         inputs = gather<From>(columns.from + k, int(terms - k < chunk ? terms - k : chunk));
       }
     }
-    if constexpr (sizeof(Real) == 4) {
-      inputs = {rounded(inputs.x), rounded(inputs.y), rounded(inputs.z), rounded(inputs.w)};
-    }
     return inputs;
   }
 
-  static RNNFAST_DEVICE void multiply(const uint4 (&weights)[planes], const Inputs& v, Sums& sums) {
-    cuda::multiply<Real>(sums.sum, weights[0], v.x, v.y);
-    cuda::multiply<Real>(sums.sum, weights[1], v.z, v.w);
+  static RNNFAST_DEVICE bool arrived(const Inputs& inputs) { return have_arrived<Real>(inputs); }
+
+  static RNNFAST_DEVICE void multiply(const uint4 (&weights)[planes], const Inputs& inputs, Sums& sums) {
+    Inputs v = inputs;
+    if constexpr (sizeof(Real) == 4) v = {rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w)};
+    cuda::multiply<Real>(sums.sum[0], weights[0], v.x, v.y);
+    cuda::multiply<Real>(sums.sum[1], weights[1], v.z, v.w);
   }
 
   static RNNFAST_DEVICE void store(const Sums& sums, float* out, int stride, int lane) {
     const int row = lane / 4, column = lane % 4 * 2;
     RNNFAST_UNROLL
     for (int n = 0; n < 4; ++n)
-      store_shared(out + (column + n % 2) * stride + row + n / 2 * 8, sums.sum[n]);
+      store_shared(out + (column + n % 2) * stride + row + n / 2 * 8, sums.sum[0][n] + sums.sum[1][n]);
   }
 
   template <class Weight>

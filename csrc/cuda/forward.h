@@ -50,36 +50,47 @@ struct Forward {
   }
   RNNFAST_DEVICE Real* target(int p, int column) const { return layer.y + row(p, column) * shape.H; }
 
-  // What a cell reads that no other block writes, so that it can be loaded ahead of the wait for them.
+  // The state of a unit that stays with its thread: c.
+  RNNFAST_DEVICE State state_before(int begin, int column, int unit) const {
+    return (begin == 0 ? layer.c0 : layer.c_n)[column * shape.H + unit];
+  }
+  RNNFAST_DEVICE void keep_state(int column, int unit, State c) const {
+    layer.c_n[column * shape.H + unit] = c;
+  }
+
+  static constexpr int cells_ahead = 2;  // of a thread, whose inputs are loaded a step ahead
+
+  // What a cell reads that nobody writes during the launch.
   struct Inputs {
-    State a[4], c;
+    State a[4];
   };
 
   RNNFAST_DEVICE Inputs load(int p, int column, int unit) const {
-    const Index H = shape.H, here = row(p, column), G = gate_count(shape.cell);
+    const Index H = shape.H, G = gate_count(shape.cell);
+    const Real* a = layer.a + row(p, column) * G * H + unit;
     Inputs inputs{};
     RNNFAST_UNROLL
     for (int gate = 0; gate < 4; ++gate)
-      if (gate < G) inputs.a[gate] = widen(layer.a[(here * G + gate) * H + unit]);
-    if (shape.cell == Cell::lstm)
-      inputs.c = (p == 0 ? layer.c0 : layer.c_n)[column * H + unit];
+      if (gate < G) inputs.a[gate] = widen(a[gate * H]);
     return inputs;
   }
 
+  // put(k, number) hands number k of the vector to the next step.
   template <class Put>
-  RNNFAST_DEVICE void finish(int p, int column, int unit, const Inputs& in, const State (&sums)[4],
+  RNNFAST_DEVICE void finish(int p, int column, int unit, const Inputs& in, const State (&sums)[4], State& c,
                              Put&& put) const {
     using V = Number<State>;
     const Index H = shape.H, here = row(p, column);
-    const bool last = p == shape.T - 1;
-    V h(0);
+    Real h;
     if (shape.cell == Cell::lstm) {
       LstmGates<V> gate{V(in.a[0] + sums[0]), V(in.a[1] + sums[1]), V(in.a[2] + sums[2]),
                         V(in.a[3] + sums[3])};
-      V c(0);
-      lstm_forward(gate, V(in.c), c, h);
-      layer.c_n[column * H + unit] = c.value;
-      if (layer.c) layer.c[here * H + unit] = c.value;
+      V after(0), wide(0);
+      lstm_forward(gate, V(c), after, wide);
+      c = after.value;
+      h = narrow<Real>(wide.value);
+      put(unit, h);
+      if (layer.c) layer.c[here * H + unit] = c;
       if (layer.gates) {
         Real* gates = layer.gates + here * 4 * H + unit;
         gates[0] = narrow<Real>(gate.i.value);
@@ -88,11 +99,10 @@ struct Forward {
         gates[3 * H] = narrow<Real>(gate.o.value);
       }
     } else {
-      h = rnn_forward(shape.cell, V(in.a[0] + sums[0]));
+      h = narrow<Real>(rnn_forward(shape.cell, V(in.a[0] + sums[0])).value);
+      put(unit, h);
     }
-    const Real rounded = narrow<Real>(h.value);
-    put(unit, rounded);
-    if (last) layer.h_n[column * H + unit] = rounded;
+    if (p == shape.T - 1) layer.h_n[column * H + unit] = h;
   }
 
   RNNFAST_DEVICE bool has_cell(int p, int) const { return p < shape.T; }

@@ -1,6 +1,8 @@
 // From a plan and addresses to launches: the same code on a GPU and on the emulator.
 #pragma once
 
+#include <utility>
+
 #include "kernels.h"
 #include "recurrence.h"
 
@@ -41,6 +43,17 @@ inline bool is_aligned(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
+// The memory through which blocks hand their results round.
+template <class Real>
+std::pair<void*, std::size_t> exchanged(const RecurrenceShape& shape, const RecurrenceForward<Real, StateOf<Real>>& layer) {
+  return {layer.y, std::size_t(shape.T * shape.B * shape.H) * sizeof(Real)};
+}
+
+template <class Real>
+std::pair<void*, std::size_t> exchanged(const RecurrenceShape& shape, const RecurrenceBackward<Real, StateOf<Real>>& layer) {
+  return {layer.da, std::size_t(shape.T * shape.B * gate_count(shape.cell) * shape.H) * sizeof(Real)};
+}
+
 template <class Real>
 bool sources_aligned(const RecurrenceForward<Real, StateOf<Real>>& layer) {
   return is_aligned(layer.h0) && is_aligned(layer.y);
@@ -58,6 +71,7 @@ Arguments<Step> arguments_of(const Plan& plan, const typename Step::Layer* layer
   Arguments<Step> args{};
   args.shape = plan.work.shape;
   args.tiling = plan.tiling;
+  args.shared = plan.shared;
   args.blocks = plan.blocks;
   const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
   const Index terms = plan.work.pass == Pass::forward
@@ -67,8 +81,6 @@ Arguments<Step> arguments_of(const Plan& plan, const typename Step::Layer* layer
   for (int direction = 0; direction < plan.work.directions; ++direction) {
     args.layers[direction] = layers[direction];
     args.weights[direction] = reinterpret_cast<uint4*>(memory + scratch.weights[direction]);
-    if (plan.method == Method::grid)
-      args.flags[direction] = reinterpret_cast<int*>(memory + scratch.flags[direction]);
     if (!in_shared) args.vector = args.vector && sources_aligned<Real>(layers[direction]);
     if constexpr (std::is_same<Step, Backward<Real>>::value) {
       using State = typename Step::State;
@@ -92,7 +104,7 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   launch(what + ", packing", pack<Engine, Step>, {{pack_blocks, 1, directions}, block_threads, 1, 0, false},
          stream, args, packed);
 
-  LaunchShape shape{{plan.blocks, plan.groups, directions}, block_threads, 1, plan.shared_bytes, false};
+  LaunchShape shape{{plan.blocks, plan.groups, directions}, block_threads, 1, std::size_t(plan.shared.bytes), false};
   if (plan.method == Method::steps) {
     for (args.begin = 0; args.begin < steps; ++args.begin) {
       args.end = args.begin + 1;
@@ -102,8 +114,10 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   }
   args.end = steps;
   if (plan.method == Method::grid) {
-    const Scratch layout = scratch_layout(plan);
-    clear(static_cast<char*>(scratch) + layout.flags[0], layout.flags_bytes, stream);
+    for (int direction = 0; direction < directions; ++direction) {
+      const auto [places, bytes] = exchanged(args.shape, layers[direction]);
+      fill(places, absent_byte, bytes, stream);
+    }
     shape.resident = true;
     launch(what, recur<Engine, FromGlobal, Step>, shape, stream, args);
   } else {

@@ -7,15 +7,17 @@
 namespace rnnfast::cuda {
 namespace {
 
-// Cycles on a recent GPU, from published figures and not yet from measurements of ours: they only have to
-// rank the choices.
-constexpr double local_cycles = 100;     // a barrier of one block
-constexpr double cluster_cycles = 1000;  // of a cluster
-constexpr double grid_cycles = 2500;     // flags through L2, there and back
-constexpr double launch_cycles = 4200;   // a kernel in a stream
-constexpr double l2_latency = 600, l2_bytes_per_cycle = 40;  // of one multiprocessor
+// Cycles of an H200 (1.98 GHz).
+constexpr double local_cycles = 150;     // from a cell to whoever reads its h
+constexpr double cluster_cycles = 450;
+constexpr double grid_cycles = 800;
+constexpr double scout_cycles = 600;         // a trip more, for a few numbers
+constexpr double early_bytes_per_cycle = 9;  // without: all that is read before it is there holds the rest up
+constexpr double launch_cycles = 8000;   // a kernel in a stream
+constexpr double l2_latency = 700, l2_bytes_per_cycle = 40;  // of one multiprocessor
 constexpr double shared_latency = 40, shared_bytes_per_cycle = 128;
-constexpr double cell_cycles = 250;  // of as many cells as a block has threads
+constexpr double item_cycles = 250;  // a barrier, partial sums through shared memory
+constexpr double cell_cycles = 350;  // of as many cells as a block has threads
 
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
@@ -35,7 +37,7 @@ Product product_of(const Work& work) {
 
 // Cycles of one tile of weights by one tile of columns, of a whole multiprocessor.
 double tile_cycles(const EngineTraits& engine) {
-  if (engine.tensor_cores) return 6.6;  // two warp-level instructions at 60 % of the peak
+  if (engine.tensor_cores) return 4;  // two warp-level instructions, half of what wgmma could do
   return engine.state_bytes == 8 ? 16 : 8;
 }
 
@@ -44,45 +46,75 @@ double step_cycles(const Plan& plan, const Device& device, const Product& produc
   const EngineTraits& engine = plan.engine;
   const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
   const double passes = double(ceil_div(tiling.group_columns, tiling.pass_columns));
-  const double column_tiles = passes * double(tiling.pass_columns / engine.tile_columns);
+  const double pass_tiles = double(ceil_div(tiling.pass_columns, engine.tile_columns));
   const Residency weights = residency(plan);
-  const double in_shared_tiles = double(weights.shared), streamed = double(weights.streamed);
-  const double tiles = double(weights.registers) + in_shared_tiles + streamed;
+  const double tiles = double(weights.registers) + double(weights.shared) + double(weights.streamed);
+  const double bundle_turns = double(ceil_div(tiling.bundles, block_warps / tiling.k_warps));
 
-  const double multiply = tiles * column_tiles * tile_cycles(engine);
-  const double inputs = double(tiling.group_columns) * double(product.terms) * engine.real_bytes *
-                        tiling.bundles;
-  const double shared_traffic = in_shared_tiles * engine.tile_bytes * passes +
-                                double(tiling.k_warps) * tiling.group_columns * 2 *
-                                    tiling.bundles * engine.row_tiles * engine.tile_rows *
-                                    engine.state_bytes +
-                                (in_shared ? inputs : 0);
-  const double l2_traffic = streamed * engine.tile_bytes * passes + (in_shared ? 0 : inputs);
-  const int bundle_turns = int(ceil_div(tiling.bundles, block_warps / tiling.k_warps));
-  const double waits = passes * bundle_turns * double(ceil_div(tiling.k_steps, 2)) *
-                       (in_shared && streamed == 0 ? shared_latency : l2_latency);
-  const double cells = double(ceil_div(product.rows, plan.blocks)) * tiling.group_columns /
-                       (plan.work.pass == Pass::forward
-                            ? double(gate_count(plan.work.shape.cell))
-                            : 1.0);
-  const double exchange = plan.method == Method::local     ? local_cycles
-                          : plan.method == Method::cluster ? cluster_cycles
-                          : plan.method == Method::grid    ? grid_cycles
-                                                           : launch_cycles;
+  // Of one pass.
+  double multiply = tiles * pass_tiles * tile_cycles(engine);
+  if (!engine.tensor_cores)  // lanes fold their sums
+    multiply += double(tiling.bundles) * engine.row_tiles * tiling.k_warps * 31 * (engine.state_bytes / 4);
+  const double inputs = double(tiling.pass_columns) * double(product.terms) * engine.real_bytes * tiling.bundles;
+  const double partials = double(tiling.k_warps) * tiling.pass_columns * 2 * tiling.bundles *
+                          engine.row_tiles * engine.tile_rows * engine.state_bytes;
+  const double shared_traffic =
+      double(weights.shared) * engine.tile_bytes + partials + (in_shared ? inputs : 0);
+  const double l2_traffic = double(weights.streamed) * engine.tile_bytes + (in_shared ? 0 : inputs);
+  const double trips = bundle_turns * double(ceil_div(tiling.k_steps, 4));
+  const double waits = trips * (in_shared && weights.streamed == 0 ? shared_latency : l2_latency);
+  const double pass_cells = double(tiling.bundles) * engine.row_tiles * engine.tile_rows * tiling.pass_columns /
+                            (plan.work.pass == Pass::forward ? double(gate_count(plan.work.shape.cell)) : 1.0);
+  const double cells = double(ceil_div(Index(pass_cells), block_threads)) * cell_cycles;
+  const double pass = std::max({multiply, shared_traffic / shared_bytes_per_cycle,
+                                l2_traffic / l2_bytes_per_cycle, waits}) +
+                      item_cycles + cells;
+
+  double exchange = plan.method == Method::local     ? local_cycles
+                    : plan.method == Method::cluster ? cluster_cycles
+                    : plan.method == Method::grid    ? grid_cycles
+                                                     : launch_cycles;
+  if (plan.method == Method::grid && passes == 1)
+    exchange += tiling.scouts ? scout_cycles : inputs / early_bytes_per_cycle;
   const double blocks = double(plan.blocks) * plan.groups * plan.work.directions;
   const double waves = double(ceil_div(Index(blocks), device.multiprocessors));
-  return waves * (std::max({multiply, shared_traffic / shared_bytes_per_cycle,
-                            l2_traffic / l2_bytes_per_cycle, waits}) +
-                  double(ceil_div(Index(cells), block_threads)) * cell_cycles) +
-         exchange;
+  // What the first pass wrote is there when the last one ends.
+  const double hidden = plan.method == Method::steps ? 0 : (passes - 1) * pass;
+  return waves * (passes * pass + std::max(0.0, exchange - hidden));
+}
+
+bool has_vectors(const Plan& plan) { return plan.method == Method::local || plan.method == Method::cluster; }
+
+// Where everything but the weights begins; these come next, then the vectors.
+SharedLayout shared_layout(const Plan& plan) {
+  const Tiling& tiling = plan.tiling;
+  const EngineTraits& engine = plan.engine;
+  const Index bundle_rows = Index(engine.row_tiles) * engine.tile_rows;
+  Index bytes = 0;
+  const auto take = [&](Index more) {
+    const Index begin = bytes;
+    bytes += aligned(more);
+    return int(begin);
+  };
+  SharedLayout layout{};
+  layout.sources = take(2 * Index(tiling.pass_columns) * 8);
+  layout.partials = take(Index(tiling.partial_buffers) * tiling.k_warps * tiling.pass_columns *
+                         partial_stride(tiling, int(bundle_rows)) * engine.state_bytes);
+  const bool has_state = plan.work.shape.cell == Cell::lstm;
+  const Index units = tiling.bundles * bundle_rows / (plan.work.pass == Pass::forward ? gate_count(plan.work.shape.cell) : 1);
+  const Index passes = ceil_div(tiling.group_columns, tiling.pass_columns);
+  layout.states = take(has_state ? passes * tiling.pass_columns * units * engine.state_bytes : 0);
+  layout.weights = take(Index(block_warps) * tiling.shared_tiles * engine.tile_bytes);
+  layout.vectors = take(has_vectors(plan) ? vector_slots * Index(tiling.group_columns) * tiling.stride * engine.real_bytes : 0);
+  layout.bytes = int(std::min<Index>(bytes, std::numeric_limits<int>::max()));
+  return layout;
 }
 
 // The plan for `row_blocks` blocks or a few less, or false where shared memory can't hold what it must.
 bool fill_in(const Device& device, const Product& product, int row_blocks, Index group_columns,
-             int k_warps, Plan& plan) {
+             int k_warps, bool scouts, Plan& plan) {
   const EngineTraits& engine = plan.engine;
   Tiling& tiling = plan.tiling;
-  const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
   const Index row_tiles = ceil_div(product.rows, engine.tile_rows);
   Index of_block = ceil_div(row_tiles, row_blocks);
   tiling.bundles = int(ceil_div(of_block, engine.row_tiles));
@@ -97,43 +129,44 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
   plan.groups = int(ceil_div(product.columns, group_columns));
   tiling.k_warps = k_warps;
   tiling.k_steps = int(ceil_div(ceil_div(product.terms, engine.step), k_warps));
-
   // Rows of vectors start 64 bytes apart modulo the 128 of all banks.
-  const Index vector_bytes =
-      in_shared ? aligned(product.terms * engine.real_bytes) + 64 : 0;
-  tiling.stride = int(vector_bytes / engine.real_bytes);
-  const Index needed =
-      aligned(ceil_div(group_columns, tiling.pass_columns) * tiling.pass_columns * 8) +
-      aligned(Index(k_warps) * tiling.pass_columns * partial_stride(tiling, engine.row_tiles * engine.tile_rows) *
-              engine.state_bytes) +
-      aligned(2 * group_columns * vector_bytes);
-  if (needed > device.shared_bytes) return false;
+  tiling.stride = has_vectors(plan) ? int((aligned(product.terms * engine.real_bytes) + 64) / engine.real_bytes) : 0;
 
   tiling.register_steps = tiling.shared_tiles = 0;
+  const Index bundles = ceil_div(tiling.bundles, block_warps / k_warps);  // of a warp
+  Index others = 0;  // tiles that are not in a warp's registers
   if (plan.method != Method::steps) {
     tiling.register_steps = std::min(tiling.k_steps, engine.resident_tiles / engine.row_tiles);
-    const Index bundles = ceil_div(tiling.bundles, block_warps / k_warps);  // of a warp
-    const Index others =
-        (bundles * tiling.k_steps - tiling.register_steps) * engine.row_tiles;
-    const Index room = (device.shared_bytes - needed) / (Index(block_warps) * engine.tile_bytes);
-    tiling.shared_tiles = int(std::min(others, room));
+    others = (bundles * tiling.k_steps - tiling.register_steps) * engine.row_tiles;
   }
-  plan.shared_bytes = std::size_t(
-      needed + Index(block_warps) * tiling.shared_tiles * engine.tile_bytes);
+  // A second buffer of partial sums is worth less than weights on the chip.
+  for (tiling.partial_buffers = 2; tiling.partial_buffers > 0; --tiling.partial_buffers) {
+    tiling.shared_tiles = 0;
+    const Index room = device.shared_bytes - shared_layout(plan).bytes;
+    if (room < 0) continue;
+    tiling.shared_tiles = int(std::min(others, room / (Index(block_warps) * engine.tile_bytes)));
+    if (tiling.shared_tiles == others || tiling.partial_buffers == 1) break;
+  }
+  if (tiling.partial_buffers == 0) return false;
+  plan.shared = shared_layout(plan);
   plan.weights_bytes = std::size_t(Index(plan.blocks) * of_block * tiling.k_steps * k_warps *
                                    engine.tile_bytes);
-  return true;
+  tiling.scouts = scouts;
+  return !scouts || (plan.method == Method::grid && group_columns <= tiling.pass_columns);
 }
 
 bool can_run(const Device& device, const Plan& plan) {
   if (plan.groups > 65535) return false;  // the grid's second dimension
   if (plan.method != Method::grid) return true;
+  // Overlapping windows' da would need more memory than is to be had, if each step had a place of its own.
+  if (plan.work.pass == Pass::backward && plan.work.shape.k2 > plan.work.shape.k1) return false;
   return device.cooperative &&
          Index(plan.blocks) * plan.groups * plan.work.directions <= device.multiprocessors;
 }
 
-// Tries all ways of cutting the problem up for one method; false where none can run.
-bool plan_method(const Device& device, const Work& work, Method method, Plan& best) {
+// All ways of cutting the problem up for one method: use(plan) for each that can run.
+template <class Use>
+void for_each_plan(const Device& device, const Work& work, Method method, Use&& use) {
   const Product product = product_of(work);
   const bool tensor_cores = device.capability >= 80;
   if (work.format == Format::tf32 && !tensor_cores)
@@ -145,19 +178,20 @@ bool plan_method(const Device& device, const Work& work, Method method, Plan& be
   plan.method = method;
   plan.engine = engine_traits(work.format, tensor_cores, work.pass);
   const Index tiles = ceil_div(product.rows, plan.engine.tile_rows);
-  bool found = false;
   const auto try_blocks = [&](Index row_blocks) {
     const Index widest = ceil_div(product.columns, plan.engine.tile_columns) * plan.engine.tile_columns;
     Index group_columns = product.whole ? widest : plan.engine.tile_columns;
     for (bool last = false; !last; group_columns *= 2) {
       last = group_columns >= widest;
       for (int k_warps = block_warps; k_warps >= 1; k_warps /= 2) {
-        if (!fill_in(device, product, int(row_blocks), std::min(group_columns, widest), k_warps, plan) ||
-            !can_run(device, plan))
-          continue;
-        plan.cycles = step_cycles(plan, device, product);
-        if (!found || plan.cycles < best.cycles) best = plan;
-        found = true;
+        for (const bool scouts : {false, true}) {
+          if (!fill_in(device, product, int(row_blocks), std::min(group_columns, widest), k_warps, scouts, plan) ||
+              !can_run(device, plan))
+            continue;
+          plan.cycles = step_cycles(plan, device, product);
+          plan.scratch_bytes = scratch_layout(plan).bytes;
+          use(plan);
+        }
       }
     }
   };
@@ -173,7 +207,15 @@ bool plan_method(const Device& device, const Work& work, Method method, Plan& be
       if (of_block >= tiles || (method == Method::steps && of_block > 64)) break;
     }
   }
-  if (found) best.scratch_bytes = scratch_layout(best).bytes;
+}
+
+// The best of one method; false where none can run.
+bool plan_method(const Device& device, const Work& work, Method method, Plan& best) {
+  bool found = false;
+  for_each_plan(device, work, method, [&](const Plan& plan) {
+    if (!found || plan.cycles < best.cycles) best = plan;
+    found = true;
+  });
   return found;
 }
 
@@ -215,6 +257,13 @@ Plan plan_recurrence(const Device& device, const Work& work, Method method) {
                               " cannot run this problem on this device");
 }
 
+std::vector<Plan> all_plans(const Device& device, const Work& work, Method method) {
+  check(device, work);
+  std::vector<Plan> plans;
+  for_each_plan(device, work, method, [&](const Plan& plan) { plans.push_back(plan); });
+  return plans;
+}
+
 Plan plan_recurrence(const Device& device, const Work& work) {
   check(device, work);
   Plan best{};
@@ -246,9 +295,6 @@ Scratch scratch_layout(const Plan& plan) {
       scratch.bytes += std::size_t(aligned(bytes));
     }
   };
-  const Index flags = plan.method == Method::grid ? Index(plan.groups) * plan.blocks * 4 : 0;
-  scratch.flags_bytes = std::size_t(aligned(flags)) * std::size_t(plan.work.directions);
-  take(scratch.flags, flags);  // first and in a row, to be cleared at once
   take(scratch.weights, Index(plan.weights_bytes));
   if (plan.work.pass == Pass::backward) {
     const Index G = gate_count(shape.cell), columns = plan.tiling.columns;

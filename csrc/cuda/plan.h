@@ -7,12 +7,13 @@
 //
 //   local       the group is one block: no exchange, all in its shared memory
 //   cluster     the group is a thread-block cluster; results go to its blocks' shared memory
-//   grid        the group is any number of blocks, all resident at once; results go through L2, with flags
+//   grid        the group is any number of blocks, all resident at once; results go through L2
 //   steps       a launch for every step: the fallback that never waits, so it needs no residency
 #pragma once
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 #include "../rnnfast.h"
 #include "device.h"
@@ -47,14 +48,14 @@ struct EngineTraits {
 constexpr int rows_side_by_side(Pass pass) { return pass == Pass::forward ? 2 : 1; }
 
 constexpr EngineTraits engine_traits(Format format, bool tensor_cores, Pass pass) {
-  const int rows = rows_side_by_side(pass), columns = rows == 1 ? 2 : 4;
+  const int rows = rows_side_by_side(pass);
   switch (format) {
-    case Format::float64: return {false, 4, 8, 32, 1024, 1, 2, 1, 8, 8};
+    case Format::float64: return {false, 4, 8, 32, 1024, 1, 4, 1, 8, 8};
     case Format::float32: return {false, 4, 8, 32, 512, 1, 8, rows, 4, 4};
-    case Format::tf32: return {true, 16, 8, 16, 1024, columns, 6, rows, 4, 4};
+    case Format::tf32: return {true, 16, 8, 16, 1024, 2, 8, rows, 4, 4};
     default: break;
   }
-  if (tensor_cores) return {true, 16, 8, 32, 1024, columns, 6, rows, 2, 4};
+  if (tensor_cores) return {true, 16, 8, 32, 1024, 2, 8, rows, 2, 4};
   return {false, 4, 8, 32, 512, 1, 8, rows, 2, 4};
 }
 
@@ -71,6 +72,16 @@ struct Tiling {
   int register_steps;    // of these, for a warp's first bundle, with weights in registers
   int shared_tiles;      // of weights, for a warp, in shared memory
   int stride;            // numbers from one column to the next in shared memory (local, cluster)
+  int partial_buffers;   // 2 in turn save a barrier
+  bool scouts;           // a few numbers are waited for before all are read
+};
+
+// In shared memory (local, cluster) the vectors of three steps take turns: see exchange.h.
+constexpr int vector_slots = 3;
+
+// A block's shared memory: where what begins, in bytes. The kernel says what these are (recurrence.h).
+struct SharedLayout {
+  int sources, partials, states, weights, vectors, bytes;
 };
 
 struct Plan {
@@ -80,7 +91,7 @@ struct Plan {
   Tiling tiling;
   int blocks;  // in a group
   int groups;  // for each direction
-  std::size_t shared_bytes;
+  SharedLayout shared;
   std::size_t weights_bytes;  // packed, for each direction
   std::size_t scratch_bytes;  // all the memory a call needs, packed weights included
   double cycles;              // estimated, for a step
@@ -97,6 +108,9 @@ Residency residency(const Plan& plan);
 // The best plan, or the best of one method. Throws std::invalid_argument where that method cannot run it.
 Plan plan_recurrence(const Device& device, const Work& work);
 Plan plan_recurrence(const Device& device, const Work& work, Method method);
+
+// All that were weighed, for measurements of what the estimates are worth.
+std::vector<Plan> all_plans(const Device& device, const Work& work, Method method);
 
 constexpr const char* name(Format format) {
   switch (format) {
@@ -122,11 +136,10 @@ constexpr const char* name(Method method) {
 // Memory of one call, in the order it lies in the scratch.
 struct Scratch {
   std::size_t weights[2];  // packed
-  std::size_t flags[2];    // (groups, blocks) int: the steps a block has finished
   std::size_t carry[2];    // backward (columns, H) State: dc on its way to the step before
   std::size_t starts[2];   // backward (columns that reach the initial state, H) State: their dh0
   std::size_t windows[2];  // backward (2, columns, G*H) Real: da of each window, where windows overlap
-  std::size_t flags_bytes, bytes;
+  std::size_t bytes;
 };
 
 Scratch scratch_layout(const Plan& plan);

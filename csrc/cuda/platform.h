@@ -8,13 +8,14 @@
 //   RNNFAST_ARGUMENT, RNNFAST_UNROLL, RNNFAST_ROLL          how functions, their arguments, loops are marked
 //   block_index, thread_index, shared_memory                where a thread is
 //   sync_block, sync_cluster                                barriers; they order all memory of their threads
-//   load_shared, store_shared, store_peer                   shared memory, one's own and a cluster peer's
-//   load_fresh                                              global memory as other blocks left it
-//   load_acquire, store_release, relax                      flags between blocks, and what to do while waiting
+//   load_shared, store_shared                               shared memory, ordered by barriers
+//   load_global                                             global memory that nobody writes meanwhile
+//   load_arriving, publish, publish_to_peer                 words that threads hand each other without a barrier
+//   any_lane_waits, relax                                   what to do while waiting for them
 //   fail                                                    an error that the host will see
 //   exchange_lanes, multiply                                a warp's: shuffle and matrix multiply-accumulate
 //   has_ and lacks_tensor_cores, widen, narrow, to_tf32      number formats
-//   Stream, LaunchShape, launch, clear, DeviceScope         the host's side
+//   Stream, LaunchShape, launch, fill, DeviceScope          the host's side
 #pragma once
 
 #include <cstddef>
@@ -75,38 +76,76 @@ RNNFAST_DEVICE void store_shared(T* to, T value) {
   *to = value;
 }
 
-// Stores to where `mine`, in this block's shared memory, lies in that of the cluster's block `rank`.
-template <class T>
-RNNFAST_DEVICE void store_peer(int rank, T* mine, T value) {
-#if __CUDA_ARCH__ >= 900
-  T* theirs;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
-  *theirs = value;
+// Past the first-level cache, which has no use for what is read once a step.
+RNNFAST_DEVICE uint4 load_global(const uint4* from) { return __ldcg(from); }
+
+// Words that one thread stores and others read without a barrier between. Each is written and read whole, and
+// read from where all of them see it; nothing else is ordered by it. A uint4 is read as any words in it.
+struct InGlobal {};
+struct InShared {};
+
+RNNFAST_DEVICE std::uint32_t shared_address(const void* shared) {
+  return std::uint32_t(__cvta_generic_to_shared(shared));
+}
+
+RNNFAST_DEVICE uint4 load_arriving(InGlobal, const uint4* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+  return v;
+}
+RNNFAST_DEVICE uint4 load_arriving(InShared, const uint4* from) {
+  uint4 v;
+  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(from)) : "memory");
+  return v;
+}
+RNNFAST_DEVICE void publish(InShared, uint4* to, const uint4& v) {
+  asm volatile("st.volatile.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// publish_to_peer stores to where `mine`, in this block's shared memory, lies in that of the cluster's block
+// `rank`. Before sm_90 a cluster is one block.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define RNNFAST_TO_PEER(word, letter, ptx) \
+  RNNFAST_DEVICE void publish_to_peer(int, word* mine, word value) { publish(InShared{}, mine, value); }
 #else
-  *mine = value;
+#define RNNFAST_TO_PEER(word, letter, ptx)                                                            \
+  RNNFAST_DEVICE void publish_to_peer(int rank, word* mine, word value) {                             \
+    std::uint32_t theirs;                                                                             \
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank)); \
+    asm volatile("st.relaxed.cluster.shared::cluster." ptx " [%0], %1;" ::"r"(theirs), letter(value)  \
+                 : "memory");                                                                         \
+  }
 #endif
-}
+#define RNNFAST_WORD(word, letter, ptx)                                                                      \
+  RNNFAST_DEVICE word load_arriving(InGlobal, const word* from) {                                            \
+    word value;                                                                                              \
+    asm volatile("ld.relaxed.gpu.global." ptx " %0, [%1];" : "=" letter(value) : "l"(from) : "memory");      \
+    return value;                                                                                            \
+  }                                                                                                          \
+  RNNFAST_DEVICE word load_arriving(InShared, const word* from) {                                            \
+    word value;                                                                                              \
+    asm volatile("ld.volatile.shared." ptx " %0, [%1];" : "=" letter(value) : "r"(shared_address(from)) : "memory"); \
+    return value;                                                                                            \
+  }                                                                                                          \
+  RNNFAST_DEVICE void publish(InGlobal, word* to, word value) {                                              \
+    asm volatile("st.relaxed.gpu.global." ptx " [%0], %1;" ::"l"(to), letter(value) : "memory");             \
+  }                                                                                                          \
+  RNNFAST_DEVICE void publish(InShared, word* to, word value) {                                              \
+    asm volatile("st.volatile.shared." ptx " [%0], %1;" ::"r"(shared_address(to)), letter(value) : "memory"); \
+  }                                                                                                          \
+  RNNFAST_TO_PEER(word, letter, ptx)
 
-// Past the first-level cache, which other blocks' stores do not reach.
-RNNFAST_DEVICE uint4 load_fresh(const uint4* from) { return __ldcg(from); }
-RNNFAST_DEVICE float load_fresh(const float* from) { return __ldcg(from); }
-RNNFAST_DEVICE double load_fresh(const double* from) { return __ldcg(from); }
-template <class T>
-RNNFAST_DEVICE T load_fresh(const T* from) {
-  static_assert(sizeof(T) == 2, "a 16-bit format");
-  return {__ldcg(reinterpret_cast<const unsigned short*>(from))};
-}
+RNNFAST_WORD(std::uint16_t, "h", "u16")
+RNNFAST_WORD(std::uint32_t, "r", "u32")
+RNNFAST_WORD(std::uint64_t, "l", "u64")
+#undef RNNFAST_WORD
+#undef RNNFAST_TO_PEER
 
-RNNFAST_DEVICE int load_acquire(const int* flag) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
-}
-
-RNNFAST_DEVICE void store_release(int* flag, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-
+// Whether a lane of the warp still waits: so that all go on together.
+RNNFAST_DEVICE bool any_lane_waits(bool waits) { return __any_sync(0xffffffffu, waits); }
 RNNFAST_DEVICE void relax() {}
 
 // Where the device is not one that this code was compiled for.
@@ -237,6 +276,8 @@ inline int attribute_of(int device, cudaDeviceAttr attribute) {
   return value;
 }
 
+constexpr int portable_cluster = 8;  // larger ones must be allowed
+
 // As much as a block can have, whatever a launch needs: a limit of this launch's own would be another
 // thread's too, which may launch the same kernel at the same time and need more.
 inline void allow_shared_memory(const void* kernel, const std::string& what) {
@@ -259,6 +300,9 @@ void launch(const std::string& what, void (*kernel)(Parameters...), const Launch
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count++].val.cooperative = 1;
   }
+  if (shape.cluster > portable_cluster)
+    require(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what + ": cluster size");
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count].val.clusterDim.x = unsigned(shape.cluster);
@@ -275,24 +319,26 @@ void launch(const std::string& what, void (*kernel)(Parameters...), const Launch
   require(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), what);
 }
 
-inline void clear(void* memory, std::size_t bytes, Stream stream) {
-  require(cudaMemsetAsync(memory, 0, bytes, stream), "cudaMemsetAsync");
+inline void fill(void* memory, int byte, std::size_t bytes, Stream stream) {
+  require(cudaMemsetAsync(memory, byte, bytes, stream), "cudaMemsetAsync");
 }
 
-// Clusters of 8 are what every GPU with clusters promises, if it is whole: a slice of one may have fewer
-// multiprocessors side by side. `kernel` is any; a block with all shared memory has a multiprocessor to itself.
+// The largest cluster that fits: 8 blocks are what every whole GPU with clusters promises, some take 16, and a
+// slice of one may have fewer multiprocessors side by side. `kernel` is any; a block with all shared memory has a
+// multiprocessor to itself.
 inline int query_cluster(int device, void (*kernel)()) {
   if (!attribute_of(device, cudaDevAttrClusterLaunch)) return 1;
   const DeviceScope scope(device);
   const auto probe = reinterpret_cast<const void*>(kernel);
   allow_shared_memory(probe, "cluster size");
+  require(cudaFuncSetAttribute(probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(8);
+  config.gridDim = dim3(16);
   config.blockDim = dim3(32);
   config.dynamicSmemBytes = std::size_t(attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin));
   int largest = 1;
   require(cudaOccupancyMaxPotentialClusterSize(&largest, probe, &config), "cluster size");
-  return largest < 8 ? largest : 8;
+  return largest;
 }
 
 inline Device query_device(int device, void (*kernel)()) {

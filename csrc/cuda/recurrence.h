@@ -1,9 +1,11 @@
 // The recurrence: one launch for all steps (methods local, cluster and grid of plan.h) or for one.
 //
-// A step is bound by latency: the flags of the step before, then v through L2 or from shared memory, the
-// products, one pass through shared memory where the warps' partial sums meet, the cell, and the stores that
-// the next step waits for. The k warps of a block split the terms, so a block reads each number of v
-// once, and every warp finds its part of the weights where it left it.
+// A step is bound by latency: v on its way from the blocks that computed it (exchange.h), the products, one
+// pass through shared memory where the warps' partial sums meet, the cell, and the stores that the next step
+// waits for. So there is one barrier in a step, for the partial sums; each warp waits for its own part of v and
+// no more; and whatever no other block has a part in is there before it is wanted: c stays in shared memory,
+// the cells' inputs are loaded a step ahead. The k warps of a block split the terms, so a block reads each
+// number of v once, and every warp finds its part of the weights where it left it.
 #pragma once
 
 #include "backward.h"
@@ -19,7 +21,7 @@ struct Arguments {
   typename Step::Layer layers[2];  // one for each direction
   typename Step::Carry carries[2];
   uint4* weights[2];        // packed
-  int* flags[2];            // (groups, blocks): how many steps a block has finished; null: nobody waits
+  SharedLayout shared;
   int begin, end;           // steps of this launch
   int blocks;               // of a group
   bool vector;              // sources may be read 16 bytes at a time
@@ -76,16 +78,19 @@ struct Recurrence {
   static constexpr bool in_shared = std::is_same<From, FromShared>::value;
   static constexpr int row_tiles = Engine::row_tiles, column_tiles = Engine::column_tiles;
   static constexpr int bundle_rows = row_tiles * Engine::tile_rows;
-  static constexpr int ahead = 2;  // steps over k whose inputs are loaded together
+  static constexpr int ahead = Engine::ahead;
+  static constexpr int resident_steps = Engine::resident_tiles / row_tiles;
+  static_assert(resident_steps % (2 * ahead) == 0, "the two halves of inputs take turns");
 
   const Arguments<Step>& args;
   const Tiling& tiling;
   const Step step;
   const int direction, group, block, thread, lane, warp, k_warp;
-  const Real** sources;       // of the group's columns
-  State* partials;            // (k_warps, pass_columns, partial_stride)
-  uint4* shared_weights;      // (warps, shared_tiles, planes, lanes)
-  Real* vectors;              // (2, group_columns, stride), where in_shared
+  const Real** sources;   // (2, pass_columns): of this item and the next
+  State* partials;        // (partial_buffers, k_warps, pass_columns, partial_stride)
+  State* states;          // (group_columns, units): LSTMs only
+  uint4* shared_weights;  // (warps, shared_tiles, planes, lanes)
+  Real* vectors;          // (vector_slots, group_columns, stride), where in_shared
 
   RNNFAST_DEVICE explicit Recurrence(const Arguments<Step>& arguments)
       : args(arguments),
@@ -97,33 +102,37 @@ struct Recurrence {
         thread(thread_index()),
         lane(thread % 32),
         warp(thread / 32),
-        k_warp(warp % tiling.k_warps) {
-    unsigned char* memory = shared_memory();
-    const auto take = [&](Index bytes) {
-      unsigned char* taken = memory;
-      memory += aligned(bytes);
-      return taken;
-    };
-    sources = reinterpret_cast<const Real**>(take(padded_columns() * Index(sizeof(Real*))));
-    partials = reinterpret_cast<State*>(take(Index(tiling.k_warps) * tiling.pass_columns *
-                                             partial_stride(tiling, bundle_rows) * sizeof(State)));
-    shared_weights = reinterpret_cast<uint4*>(
-        take(Index(block_warps) * tiling.shared_tiles * Engine::planes * 32 * sizeof(uint4)));
-    vectors = reinterpret_cast<Real*>(memory);
+        k_warp(warp % tiling.k_warps),
+        sources(reinterpret_cast<const Real**>(shared_memory() + args.shared.sources)),
+        partials(reinterpret_cast<State*>(shared_memory() + args.shared.partials)),
+        states(reinterpret_cast<State*>(shared_memory() + args.shared.states)),
+        shared_weights(reinterpret_cast<uint4*>(shared_memory() + args.shared.weights)),
+        vectors(reinterpret_cast<Real*>(shared_memory() + args.shared.vectors)) {}
+
+  // What is multiplied between two barriers: `pass_columns` of the group's columns in one step.
+  struct Item {
+    int p, pass_begin;
+    int count;  // of items before this one
+  };
+
+  RNNFAST_DEVICE Item after(const Item& item) const {
+    const int next = item.pass_begin + tiling.pass_columns;
+    if (next < tiling.group_columns) return {item.p, next, item.count + 1};
+    return {item.p + 1, 0, item.count + 1};
   }
 
-  RNNFAST_DEVICE int padded_columns() const {
-    return (tiling.group_columns + tiling.pass_columns - 1) / tiling.pass_columns * tiling.pass_columns;
-  }
+  RNNFAST_DEVICE bool one_pass() const { return tiling.pass_columns >= tiling.group_columns; }
   RNNFAST_DEVICE int column_of(int n) const { return group * tiling.group_columns + n; }
   RNNFAST_DEVICE bool has_column(int n) const {
     return n < tiling.group_columns && column_of(n) < tiling.columns;
   }
   RNNFAST_DEVICE Real* vector_of(int p, int n) const {
-    return vectors + (Index(p % 2) * tiling.group_columns + n) * tiling.stride;
+    return vectors + (Index(p % vector_slots) * tiling.group_columns + n) * tiling.stride;
   }
 
-  // A tile's weights, wherever they lie: `at` counts this warp's tiles that are not in registers.
+  // Weights
+
+  // A tile, wherever it lies: `at` counts this warp's tiles that are not in registers.
   RNNFAST_DEVICE void fetch(int at, int bundle, int row_tile, int i, uint4 (&weights)[Engine::planes]) const {
     if (at < tiling.shared_tiles) {
       const uint4* from = shared_weights + ((warp * tiling.shared_tiles + at) * Engine::planes * 32 + lane);
@@ -139,7 +148,7 @@ struct Recurrence {
     const uint4* from =
         args.weights[direction] + packed_at<Engine>(tiling, tile, i * tiling.k_warps + k_warp) + lane;
     RNNFAST_UNROLL
-    for (int plane = 0; plane < Engine::planes; ++plane) weights[plane] = load_fresh(from + plane * 32);
+    for (int plane = 0; plane < Engine::planes; ++plane) weights[plane] = load_global(from + plane * 32);
   }
 
   using Resident = uint4[Engine::resident_tiles][Engine::planes];
@@ -166,70 +175,155 @@ struct Recurrence {
     }
   }
 
-  // The sums of this warp's tiles over its share of the terms, for one pass over columns, to `partials`.
-  RNNFAST_DEVICE void multiply(const Resident& resident, int pass_begin) const {
-    using Inputs = typename Engine::Inputs;
-    const int first = warp / tiling.k_warps, bundle_warps = block_warps / tiling.k_warps;
-    const int stride = partial_stride(tiling, bundle_rows);
-    const Index terms = step.terms();
-    typename Engine::Columns columns[column_tiles];
-    const auto has_tile = [&](int c) { return c * Engine::tile_columns < tiling.pass_columns; };
+  // Vectors
+
+  using Inputs = typename Engine::Inputs;
+
+  // A warp's columns of one item.
+  struct Columns {
+    typename Engine::Columns tile[column_tiles];
+    const Real* last;   // of them
+    bool may_be_early;  // other blocks may not have written yet
+  };
+
+  // The inputs of a few steps over k.
+  struct Group {
+    Inputs inputs[ahead][column_tiles];
+  };
+
+  RNNFAST_DEVICE bool has_tile(int c) const { return c * Engine::tile_columns < tiling.pass_columns; }
+  RNNFAST_DEVICE Index term(int i) const { return Index(i * tiling.k_warps + k_warp) * Engine::step; }
+
+  // For `columns_of`, once a barrier has passed.
+  RNNFAST_DEVICE void find_sources(const Item& item) const {
+    if (thread >= tiling.pass_columns) return;
+    const int n = item.pass_begin + thread;
+    const Real* source = nullptr;
+    if (item.p < args.end && has_column(n) && step.arrives(item.p, column_of(n)))
+      source = in_shared ? vector_of(item.p, n) : step.source(item.p, column_of(n));
+    store_shared(sources + item.count % 2 * tiling.pass_columns + thread, source);
+  }
+
+  RNNFAST_DEVICE Columns columns_of(const Item& item) const {
+    const Real** of_item = sources + item.count % 2 * tiling.pass_columns;
+    Columns columns;
     RNNFAST_UNROLL
     for (int c = 0; c < column_tiles; ++c)
-      if (has_tile(c))
-        columns[c] = Engine::columns(sources + pass_begin + c * Engine::tile_columns, lane);
-    const auto load = [&](int i, Inputs (&inputs)[column_tiles]) {
-      if (i >= tiling.k_steps) return;
-      const Index k = Index(i * tiling.k_warps + k_warp) * Engine::step;
+      if (has_tile(c)) columns.tile[c] = Engine::columns(of_item + c * Engine::tile_columns, lane);
+    columns.last = nullptr;
+    if (tiling.scouts && has_column(item.pass_begin)) {
+      const int rest = tiling.columns - column_of(item.pass_begin);
+      columns.last = load_shared(of_item + (rest < tiling.pass_columns ? rest : tiling.pass_columns) - 1);
+    }
+    columns.may_be_early = in_shared || item.p > args.begin;
+    return columns;
+  }
+
+  RNNFAST_DEVICE void load(const Columns& columns, int i, Group& group) const {
+    const Index terms = step.terms();
+    RNNFAST_UNROLL
+    for (int j = 0; j < ahead; ++j) {
+      if (i + j >= tiling.k_steps) break;
       RNNFAST_UNROLL
       for (int c = 0; c < column_tiles; ++c)
         if (has_tile(c))
-          inputs[c] = Engine::template load<From>(columns[c], k, terms, args.vector, lane);
-    };
+          group.inputs[j][c] =
+              Engine::template load<From>(columns.tile[c], term(i + j), terms, args.vector, lane);
+    }
+  }
 
+  // Reads again what had not arrived when it was read.
+  RNNFAST_DEVICE void await(const Columns& columns, int i, Group& group) const {
+    if (!columns.may_be_early) return;
+    const Index terms = step.terms();
+    for (;;) {
+      bool waits = false;
+      RNNFAST_UNROLL
+      for (int j = 0; j < ahead; ++j) {
+        if (i + j >= tiling.k_steps) break;
+        RNNFAST_UNROLL
+        for (int c = 0; c < column_tiles; ++c) {
+          if (!has_tile(c) || Engine::arrived(group.inputs[j][c])) continue;
+          waits = true;
+          group.inputs[j][c] =
+              Engine::template load<From>(columns.tile[c], term(i + j), terms, args.vector, lane);
+        }
+      }
+      if (!any_lane_waits(waits)) return;
+      relax();
+    }
+  }
+
+  // Until a few numbers of the last column are there, from all over this warp's terms: what is there once is
+  // read once, where to read everything in vain would hold up the traffic that it waits for.
+  RNNFAST_DEVICE void scout(const Columns& columns) const {
+    if (!columns.may_be_early || !columns.last) return;
+    constexpr int each = 4;  // of a step over k
+    for (;;) {
+      bool waits = false;
+      for (int n = lane; n < tiling.k_steps * each; n += 32) {
+        const Index k = term(n / each) + n % each * (Engine::step / each);
+        if (k < step.terms() && !has_arrived(From::read(columns.last + k))) waits = true;
+      }
+      if (!any_lane_waits(waits)) return;
+      relax();
+    }
+  }
+
+  // The sums of this warp's tiles over its share of the terms, to `partials`. `even` holds the first inputs of
+  // the item if there are several passes, and gets those of the next item.
+  RNNFAST_DEVICE void multiply(const Resident& resident, const Item& item, Columns& columns, Group& even) const {
+    const int first = warp / tiling.k_warps, bundle_warps = block_warps / tiling.k_warps;
+    const int stride = partial_stride(tiling, bundle_rows);
+    Group odd;
     int at = 0;
+    scout(columns);
     for (int bundle = first; bundle < tiling.bundles; bundle += bundle_warps) {
       typename Engine::Sums sums[row_tiles][column_tiles] = {};
-      const auto add = [&](const uint4(&weights)[Engine::planes], int row_tile,
-                           const Inputs(&inputs)[column_tiles]) {
-        RNNFAST_UNROLL
-        for (int c = 0; c < column_tiles; ++c)
-          if (has_tile(c)) Engine::multiply(weights, inputs[c], sums[row_tile][c]);
-      };
-      int i = 0;
-      if (bundle == first) {
-        RNNFAST_UNROLL
-        for (int next = 0; next < Engine::resident_tiles / row_tiles; next += ahead) {
-          if (next >= tiling.register_steps) break;
-          Inputs inputs[ahead][column_tiles];
-          RNNFAST_UNROLL
-          for (int j = 0; j < ahead; ++j) load(next + j, inputs[j]);
-          RNNFAST_UNROLL
-          for (int j = 0; j < ahead; ++j) {
-            if (next + j >= tiling.register_steps) break;
-            RNNFAST_UNROLL
-            for (int r = 0; r < row_tiles; ++r) add(resident[(next + j) * row_tiles + r], r, inputs[j]);
-          }
-        }
-        i = tiling.register_steps;
-      }
-      for (; i < tiling.k_steps; i += ahead) {
-        Inputs inputs[ahead][column_tiles];
-        RNNFAST_UNROLL
-        for (int j = 0; j < ahead; ++j) load(i + j, inputs[j]);
+      // Multiplies one group's inputs while those of the next are on their way.
+      const auto turn = [&](int i, Group& now, Group& next, auto&& weights_of) {
+        if (i + ahead < tiling.k_steps) load(columns, i + ahead, next);
+        await(columns, i, now);
         RNNFAST_UNROLL
         for (int j = 0; j < ahead; ++j) {
           if (i + j >= tiling.k_steps) break;
           RNNFAST_UNROLL
-          for (int r = 0; r < row_tiles; ++r, ++at) {
-            uint4 weights[Engine::planes];
-            fetch(at, bundle, r, i + j, weights);
-            add(weights, r, inputs[j]);
+          for (int r = 0; r < row_tiles; ++r) {
+            weights_of(j, r, [&](const uint4(&weights)[Engine::planes]) {
+              RNNFAST_UNROLL
+              for (int c = 0; c < column_tiles; ++c)
+                if (has_tile(c)) Engine::multiply(weights, now.inputs[j][c], sums[r][c]);
+            });
           }
         }
+      };
+      if (one_pass() || bundle != first) load(columns, 0, even);
+      int i = 0;
+      if (bundle == first) {
+        RNNFAST_UNROLL
+        for (int next = 0; next < resident_steps; next += ahead) {
+          if (next >= tiling.register_steps) break;
+          const auto from_registers = [&](int j, int r, auto&& use) { use(resident[(next + j) * row_tiles + r]); };
+          if (next / ahead % 2 == 0) {
+            turn(next, even, odd, from_registers);
+          } else {
+            turn(next, odd, even, from_registers);
+          }
+        }
+        i = tiling.register_steps;
       }
-      State* out = partials + Index(k_warp) * tiling.pass_columns * stride +
-                   bundle * bundle_rows;
+      for (; i < tiling.k_steps; i += 2 * ahead) {
+        const auto from_memory = [&](int begin) {
+          return [&, begin](int j, int r, auto&& use) {
+            uint4 weights[Engine::planes];
+            fetch(at++, bundle, r, begin + j, weights);
+            use(weights);
+          };
+        };
+        turn(i, even, odd, from_memory(i));
+        if (i + ahead < tiling.k_steps) turn(i + ahead, odd, even, from_memory(i + ahead));
+      }
+      State* out = partials_of(item) + Index(k_warp) * tiling.pass_columns * stride + bundle * bundle_rows;
       RNNFAST_UNROLL
       for (int r = 0; r < row_tiles; ++r) {
         RNNFAST_UNROLL
@@ -239,120 +333,196 @@ struct Recurrence {
                           out + c * Engine::tile_columns * stride + r * Engine::tile_rows, stride, lane);
       }
     }
+    columns = columns_of(after(item));
+    if (!one_pass()) load(columns, 0, even);
   }
 
-  // A block's cells of one pass over columns, dealt to its threads: consecutive units to consecutive lanes.
-  struct Cell {
-    int n, unit_in_block, unit, column;
-  };
-
-  RNNFAST_DEVICE int units() const {
-    return tiling.bundles * bundle_rows / step.sums();
-  }
-  RNNFAST_DEVICE Cell cell_at(int cell, int pass_begin) const {
-    const int n = cell / units(), unit = cell - n * units();
-    return {n, unit, block * units() + unit, column_of(pass_begin + n)};
-  }
-  RNNFAST_DEVICE bool is_ours(const Cell& cell, int pass_begin, int p) const {
-    return cell.n < tiling.pass_columns && cell.unit < args.shape.H && has_column(pass_begin + cell.n) &&
-           step.has_cell(p, cell.column);
-  }
-
-  RNNFAST_DEVICE void finish(const Cell& cell, int pass_begin, int p,
-                             const typename Step::Inputs& inputs) const {
+  RNNFAST_DEVICE State* partials_of(const Item& item) const {
     const int stride = partial_stride(tiling, bundle_rows);
-    State sums[4] = {};
-    for (int k = 0; k < tiling.k_warps; ++k) {
-      const State* from = partials + (Index(k) * tiling.pass_columns + cell.n) * stride +
-                          cell.unit_in_block * step.sums();
-      RNNFAST_UNROLL
-      for (int gate = 0; gate < 4; ++gate)
-        if (gate < step.sums()) sums[gate] += load_shared(from + gate);
-    }
-    step.finish(p, cell.column, cell.unit, inputs, sums, [&](Index k, Real value) {
-      step.target(p, cell.column)[k] = value;
-      if (in_shared && p + 1 < args.end) {
-        Real* mine = vector_of(p + 1, pass_begin + cell.n) + k;
-        if (args.blocks == 1) {
-          store_shared(mine, value);
+    return partials + Index(item.count % tiling.partial_buffers) * tiling.k_warps * tiling.pass_columns * stride;
+  }
+
+  // Vectors in shared memory
+
+  // Empties places of one step, 16 bytes at a time; past the last term there are zeros that stay.
+  RNNFAST_DEVICE void clear_vectors(int slot) const {
+    constexpr int chunk = 16 / sizeof(Real);
+    const Index terms = step.terms();
+    for (int n = warp; n < tiling.group_columns; n += block_warps) {
+      Real* vector = vector_of(slot, n);
+      for (Index k = lane * chunk; k < terms; k += 32 * chunk) {
+        if (k + chunk <= terms) {
+          publish(InShared{}, reinterpret_cast<uint4*>(vector + k), uint4{~0u, ~0u, ~0u, ~0u});
         } else {
-          for (int rank = 0; rank < args.blocks; ++rank) store_peer(rank, mine, value);
+          for (Index rest = k; rest < terms; ++rest) publish_shared(vector + rest, BitsOf<Real>(~BitsOf<Real>(0)));
         }
       }
-    });
-  }
-
-  RNNFAST_DEVICE void find_sources(int p) const {
-    for (int n = thread; n < padded_columns(); n += block_threads) {
-      const Real* source = nullptr;
-      if (has_column(n) && step.arrives(p, column_of(n)))
-        source = in_shared ? vector_of(p, n) : step.source(p, column_of(n));
-      store_shared(sources + n, source);
     }
   }
 
-  // Zeros to both vectors, for the numbers past the last term; and what arrives at the first step.
+  RNNFAST_DEVICE void publish_shared(Real* to, BitsOf<Real> bits) const {
+    publish(InShared{}, reinterpret_cast<BitsOf<Real>*>(to), bits);
+  }
+
+  // All places empty, and what arrives at the first step.
   RNNFAST_DEVICE void prepare_vectors() const {
-    for (int at = thread; at < 2 * tiling.group_columns * tiling.stride; at += block_threads)
-      store_shared(vectors + at, Real{});
+    const Index terms = step.terms();
+    for (int n = warp; n < vector_slots * tiling.group_columns; n += block_warps)
+      for (Index k = terms + lane; k < tiling.stride; k += 32) publish_shared(vectors + Index(n) * tiling.stride + k, 0);
+    for (int slot = 0; slot < vector_slots; ++slot) clear_vectors(slot);
     sync_block();
     for (int n = warp; n < tiling.group_columns; n += block_warps) {
       if (!has_column(n) || !step.arrives(args.begin, column_of(n))) continue;
       const Real* from = step.source(args.begin, column_of(n));
-      for (Index k = lane; k < step.terms(); k += 32)
-        store_shared(vector_of(args.begin, n) + k, from[k]);
+      for (Index k = lane; k < terms; k += 32) publish_shared(vector_of(args.begin, n) + k, never_absent(from[k]));
     }
-    sync_group();
+  }
+
+  // Cells: those of an item are dealt to the block's threads, consecutive units to consecutive lanes, and always
+  // to the same.
+
+  struct Cell {
+    int n, unit_in_block, unit, column;
+  };
+
+  RNNFAST_DEVICE int units() const { return tiling.bundles * bundle_rows / step.sums(); }
+  RNNFAST_DEVICE Cell cell_at(int cell, int pass_begin) const {
+    const int n = cell / units(), unit = cell - n * units();
+    return {n, unit, block * units() + unit, column_of(pass_begin + n)};
+  }
+  RNNFAST_DEVICE bool exists(const Cell& cell, int pass_begin) const {
+    return cell.n < tiling.pass_columns && cell.unit < args.shape.H && has_column(pass_begin + cell.n);
+  }
+  RNNFAST_DEVICE bool is_in(const Cell& cell, const Item& item) const {
+    return item.p < args.end && exists(cell, item.pass_begin) && step.has_cell(item.p, cell.column);
+  }
+  RNNFAST_DEVICE State& state_of(const Cell& cell, int pass_begin) const {
+    return states[Index(pass_begin + cell.n) * units() + cell.unit_in_block];
+  }
+
+  // use(cell, pass_begin) for every cell of this thread, in all passes.
+  template <class Use>
+  RNNFAST_DEVICE void for_each_cell(Use&& use) const {
+    for (int pass_begin = 0; pass_begin < tiling.group_columns; pass_begin += tiling.pass_columns)
+      for (int n = thread; n < units() * tiling.pass_columns; n += block_threads) {
+        const Cell cell = cell_at(n, pass_begin);
+        if (exists(cell, pass_begin)) use(cell, pass_begin);
+      }
+  }
+
+  // The sums of a unit, over all k warps.
+  RNNFAST_DEVICE void add_partials(const Cell& cell, const Item& item, State (&sums)[4]) const {
+    const int stride = partial_stride(tiling, bundle_rows);
+    const State* from = partials_of(item) + cell.n * stride + cell.unit_in_block * step.sums();
+    const Index next = Index(tiling.pass_columns) * stride;
+    if (step.sums() == 4) {
+      struct alignas(16) Gates {
+        State of[4];
+      };
+      for (int k = 0; k < tiling.k_warps; ++k, from += next) {
+        const Gates part = load_shared(reinterpret_cast<const Gates*>(from));
+        RNNFAST_UNROLL
+        for (int gate = 0; gate < 4; ++gate) sums[gate] += part.of[gate];
+      }
+    } else {
+      for (int k = 0; k < tiling.k_warps; ++k, from += next) sums[0] += load_shared(from);
+    }
+  }
+
+  RNNFAST_DEVICE void finish(const Cell& cell, const Item& item, const typename Step::Inputs& inputs) const {
+    State sums[4] = {};
+    add_partials(cell, item, sums);
+    const bool has_state = args.shape.cell == rnnfast::Cell::lstm;
+    State state = has_state ? load_shared(&state_of(cell, item.pass_begin)) : State(0);
+    const bool hands_on = in_shared && item.p + 1 < args.end;
+    Real* mine = in_shared ? vector_of(item.p + 1, item.pass_begin + cell.n) : nullptr;
+    Real* target = step.target(item.p, cell.column);
+    step.finish(item.p, cell.column, cell.unit, inputs, sums, state, [&](Index k, Real value) {
+      const BitsOf<Real> bits = never_absent(value);
+      if (hands_on) {
+        if (args.blocks == 1) {
+          publish_shared(mine + k, bits);
+        } else {
+          for (int rank = 0; rank < args.blocks; ++rank)
+            publish_to_peer(rank, reinterpret_cast<BitsOf<Real>*>(mine + k), bits);
+        }
+      }
+      publish_number(target + k, bits);
+    });
+    if (has_state) store_shared(&state_of(cell, item.pass_begin), state);
+  }
+
+  using CellInputs = typename Step::Inputs[Step::cells_ahead];
+
+  // The inputs of this thread's first cells of an item.
+  RNNFAST_DEVICE void load_cells(const Item& item, CellInputs& inputs) const {
+    RNNFAST_UNROLL
+    for (int n = 0; n < Step::cells_ahead; ++n) {
+      const Cell cell = cell_at(thread + n * block_threads, item.pass_begin);
+      if (is_in(cell, item)) inputs[n] = step.load(item.p, cell.column, cell.unit);
+    }
+  }
+
+  RNNFAST_DEVICE void finish_cells(const Item& item, const CellInputs& inputs) const {
+    RNNFAST_UNROLL
+    for (int n = 0; n < Step::cells_ahead; ++n) {
+      const Cell cell = cell_at(thread + n * block_threads, item.pass_begin);
+      if (is_in(cell, item)) finish(cell, item, inputs[n]);
+    }
+    RNNFAST_ROLL
+    for (int n = thread + Step::cells_ahead * block_threads; n < units() * tiling.pass_columns; n += block_threads) {
+      const Cell cell = cell_at(n, item.pass_begin);
+      if (is_in(cell, item)) finish(cell, item, step.load(item.p, cell.column, cell.unit));
+    }
   }
 
   RNNFAST_DEVICE void sync_group() const {
-    if (args.blocks > 1) {
+    if (in_shared && args.blocks > 1) {
       sync_cluster();
     } else {
       sync_block();
     }
   }
 
-  // Until every block of the group has finished step p - 1; also a barrier of the block.
-  RNNFAST_DEVICE void wait(int p) const {
-    if (args.flags[direction] && p > args.begin && warp == 0) {
-      const int* flags = args.flags[direction] + group * args.blocks;
-      for (int peer = lane; peer < args.blocks; peer += 32)
-        while (load_acquire(flags + peer) < p) relax();
-    }
-    sync_block();
-  }
-
   RNNFAST_DEVICE void run() const {
+    const bool has_state = args.shape.cell == rnnfast::Cell::lstm;
     Resident resident;
     settle(resident);
+    if (has_state)
+      for_each_cell([&](const Cell& cell, int pass_begin) {
+        store_shared(&state_of(cell, pass_begin), step.state_before(args.begin, cell.column, cell.unit));
+      });
     if (in_shared) prepare_vectors();
-    for (int p = args.begin; p < args.end; ++p) {
-      const Cell own = cell_at(thread, 0);
-      typename Step::Inputs inputs_ahead;
-      const bool has_own = is_ours(own, 0, p);
-      if (has_own) inputs_ahead = step.load(p, own.column, own.unit);
-      find_sources(p);
-      wait(p);
-      for (int pass_begin = 0; pass_begin < tiling.group_columns; pass_begin += tiling.pass_columns) {
-        multiply(resident, pass_begin);
-        sync_block();
-        if (pass_begin == 0 && has_own) finish(own, 0, p, inputs_ahead);
-        const int first = pass_begin == 0 ? thread + block_threads : thread;
-        for (int n = first; n < units() * tiling.pass_columns; n += block_threads) {
-          const Cell cell = cell_at(n, pass_begin);
-          if (is_ours(cell, pass_begin, p))
-            finish(cell, pass_begin, p, step.load(p, cell.column, cell.unit));
-        }
-        if (in_shared && pass_begin + tiling.pass_columns >= tiling.group_columns) {
-          sync_group();
-        } else {
-          sync_block();
-        }
-      }
-      if (args.flags[direction] && thread == 0)
-        store_release(args.flags[direction] + group * args.blocks + block, p + 1);
+    Item item{args.begin, 0, 0};
+    find_sources(item);
+    find_sources(after(item));
+    sync_group();
+
+    Columns columns = columns_of(item);
+    sync_block();  // before the sources of another item take their place
+    Group even;
+    if (!one_pass()) load(columns, 0, even);
+    typename Step::Inputs inputs[Step::cells_ahead] = {};
+    load_cells(item, inputs);
+    while (item.p < args.end) {
+      multiply(resident, item, columns, even);
+      const Item next = after(item);
+      find_sources(after(next));
+      // Those of the step before have been read, and no peer writes the step after next before it has what
+      // follows the barrier.
+      if (in_shared && item.pass_begin == 0) clear_vectors(item.p + vector_slots - 1);
+      sync_block();
+      finish_cells(item, inputs);
+      load_cells(next, inputs);
+      if (tiling.partial_buffers == 1) sync_block();
+      item = next;
     }
+
+    if (has_state)
+      for_each_cell([&](const Cell& cell, int pass_begin) {
+        step.keep_state(cell.column, cell.unit, load_shared(&state_of(cell, pass_begin)));
+      });
+    if (in_shared) sync_group();  // no block's memory goes away while a peer writes to it
   }
 };
 

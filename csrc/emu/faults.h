@@ -18,7 +18,7 @@ inline void exchange_in_shared(bool with_barrier) {
 inline void exchange_in_cluster(bool with_barrier) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int thread = thread_index();
-  store_peer(1 - block_index().x, shared + thread, float(thread));
+  store_shared(reinterpret_cast<float*>(emu::shared_memory_of(1 - block_index().x, shared + thread)), float(thread));
   if (with_barrier) {
     sync_cluster();
   } else {
@@ -31,11 +31,12 @@ inline void pass_by_a_barrier(bool all_come) {
   if (all_come || thread_index() > 0) sync_block();
 }
 
-inline void wait_for_a_flag(int* flag, bool raised) {
+// All lanes of a warp wait together, as the kernels do.
+inline void wait_for_a_number(std::uint32_t* number, bool is_published) {
   if (block_index().x == 0) {
-    while (load_acquire(flag) == 0) relax();
-  } else if (raised) {
-    store_release(flag, 1);
+    while (any_lane_waits(load_arriving(InGlobal{}, number) == 0)) relax();
+  } else if (is_published) {
+    publish(InGlobal{}, number, 1u);
   }
 }
 
@@ -51,12 +52,12 @@ inline void run_fault(const std::string& fault, bool at_fault) {
   if (fault == "bounds") return launch(fault, read_out_of_bounds, one, nullptr, !at_fault);
   if (fault == "cluster race")
     return launch(fault, exchange_in_cluster, {{2, 1, 1}, 64, 2, 256, false}, nullptr, !at_fault);
-  int flag = 0;
-  if (fault == "flag")
-    return launch(fault, wait_for_a_flag, {{2, 1, 1}, 64, 1, 256, true}, nullptr, &flag, !at_fault);
+  std::uint32_t number = 0;
+  if (fault == "number")
+    return launch(fault, wait_for_a_number, {{2, 1, 1}, 64, 1, 256, true}, nullptr, &number, !at_fault);
   // The blocks need not be resident, so the first one waits for a block that has not begun.
   if (fault == "residency")
-    return launch(fault, wait_for_a_flag, {{2, 1, 1}, 64, 1, 256, !at_fault}, nullptr, &flag, true);
+    return launch(fault, wait_for_a_number, {{2, 1, 1}, 64, 1, 256, !at_fault}, nullptr, &number, true);
   throw std::invalid_argument("unknown fault " + fault);
 }
 

@@ -52,21 +52,44 @@ void store_shared(T* to, T value) {
   *to = value;
 }
 
-template <class T>
-void store_peer(int rank, T* mine, T value) {
-  store_shared(reinterpret_cast<T*>(emu::shared_memory_of(rank, mine)), value);
-}
+inline uint4 load_global(const uint4* from) { return *from; }
 
-template <class T>
-T load_fresh(const T* from) {
+struct InGlobal {};
+struct InShared {};
+
+template <class Word>
+Word load_arriving(InGlobal, const Word* from) {
   return *from;
 }
 
-inline int load_acquire(const int* flag) { return *flag; }
+template <class Word>
+Word load_arriving(InShared, const Word* from) {
+  emu::check_bounds(from, sizeof(Word));
+  return *from;
+}
 
-inline void store_release(int* flag, int value) {
-  *flag = value;
-  emu::flag_changed();
+template <class Word>
+void publish(InGlobal, Word* to, Word value) {
+  *to = value;
+  emu::published();
+}
+
+template <class Word>
+void publish(InShared, Word* to, Word value) {
+  emu::check_bounds(to, sizeof(Word));
+  publish(InGlobal{}, to, value);
+}
+
+template <class Word>
+void publish_to_peer(int rank, Word* mine, Word value) {
+  publish(InShared{}, reinterpret_cast<Word*>(emu::shared_memory_of(rank, mine)), value);
+}
+
+inline bool any_lane_waits(bool waits) {
+  const unsigned char* lanes = emu::all_lanes(&waits, sizeof(waits), false);
+  bool any = false;
+  for (int lane = 0; lane < 32; ++lane) any = any || lanes[lane * 64];
+  return any;
 }
 
 inline void relax() { emu::yield(); }
@@ -220,6 +243,6 @@ void launch(const std::string& what, void (*kernel)(Parameters...), const Launch
            [&] { std::apply(kernel, copies); });
 }
 
-inline void clear(void* memory, std::size_t bytes, Stream) { std::memset(memory, 0, bytes); }
+inline void fill(void* memory, int byte, std::size_t bytes, Stream) { std::memset(memory, byte, bytes); }
 
 }  // namespace rnnfast::cuda

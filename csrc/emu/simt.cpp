@@ -135,7 +135,7 @@ class Executor {
 
   Fiber& current() { return *current_; }
 
-  void wait_at(Barrier& barrier, int* epoch) {
+  void wait_at(Barrier& barrier, int* epoch, bool goes_on = true) {
     if (int(barrier.waiting.size()) + 1 < barrier.members) {
       barrier.waiting.push_back(current_);
       leave_runnable();
@@ -144,7 +144,7 @@ class Executor {
       if (epoch) ++*epoch;
       runnable_.insert(runnable_.end(), barrier.waiting.begin(), barrier.waiting.end());
       barrier.waiting.clear();
-      idle_ = 0;
+      if (goes_on) idle_ = 0;
     }
   }
 
@@ -152,7 +152,7 @@ class Executor {
     ++idle_;
     switch_to_scheduler();
   }
-  void flag_changed() { idle_ = 0; }
+  void published() { idle_ = 0; }
 
   void fail(const std::string& why) { throw std::runtime_error(launch_.what + ": " + why); }
 
@@ -177,7 +177,7 @@ class Executor {
     idle_ = 0;
     while (unfinished > 0) {
       if (runnable_.empty()) fail("threads wait at a barrier that others have passed by");
-      if (idle_ > 1000 + 100 * runnable_.size()) fail("threads wait for a flag that nobody raises");
+      if (idle_ > 1000 + 100 * runnable_.size()) fail("threads wait for a number that nobody publishes");
       // xorshift64
       seed ^= seed << 13;
       seed ^= seed >> 7;
@@ -286,30 +286,37 @@ unsigned char* shared_memory_of(int rank, void* mine) {
 void sync_block() { executor->wait_at(block().barrier, &block().epoch); }
 void sync_cluster() { executor->wait_at(block().cluster->barrier, &block().cluster->epoch); }
 void yield() { executor->yield(); }
-void flag_changed() { executor->flag_changed(); }
+void published() { executor->published(); }
 
-const unsigned char* all_lanes(const void* mine, std::size_t bytes) {
+const unsigned char* all_lanes(const void* mine, std::size_t bytes, bool goes_on) {
   Fiber& fiber = executor->current();
   // Two buffers in turn: whoever is one instruction ahead does not overwrite what others still read.
   unsigned char* lanes = fiber.warp->lanes[fiber.turn];
   fiber.turn ^= 1;
   if (bytes > lane_bytes) executor->fail("a warp instruction on more than its buffers hold");
   std::memcpy(lanes + std::size_t(fiber.thread % 32) * lane_bytes, mine, bytes);
-  executor->wait_at(fiber.warp->barrier, nullptr);
+  executor->wait_at(fiber.warp->barrier, nullptr, goes_on);
   return lanes;
 }
 
-void note(const void* address, std::size_t bytes, bool write) {
-  Fiber& fiber = executor->current();
+// The block of the cluster in whose shared memory this lies.
+static Block& owner_of(const void* address, std::size_t bytes) {
   const auto* at = static_cast<const unsigned char*>(address);
-  Block* owner = fiber.block;
-  // A store to a peer lies in another block of the cluster.
+  Block* owner = executor->current().block;
   for (Block* peer = owner->first; peer < owner->first + owner->cluster->barrier.members / owner->barrier.members;
        ++peer)
     if (at >= peer->shared && at < peer->shared + peer->memory.size()) owner = peer;
-  const std::size_t offset = std::size_t(at - owner->shared);
-  if (at < owner->shared || offset + bytes > owner->memory.size() - 128)
+  if (at < owner->shared || std::size_t(at - owner->shared) + bytes > owner->memory.size() - 128)
     executor->fail("shared memory is used out of bounds");
+  return *owner;
+}
+
+void check_bounds(const void* address, std::size_t bytes) { owner_of(address, bytes); }
+
+void note(const void* address, std::size_t bytes, bool write) {
+  Fiber& fiber = executor->current();
+  Block* owner = &owner_of(address, bytes);
+  const std::size_t offset = std::size_t(static_cast<const unsigned char*>(address) - owner->shared);
   const Use now{fiber.number, fiber.block->number, fiber.block->epoch, fiber.block->cluster->epoch};
   // Blocks of a cluster meet at its barrier alone.
   const auto clash = [&](const Use& before) {

@@ -1,11 +1,12 @@
 // Runs a kernel's threads on the processor, one at a time, each on a stack of its own: they change turns only
-// at barriers, warp instructions and while they wait for a flag. Tests only.
+// at barriers, warp instructions and while they wait for a number. Tests only.
 //
 // Turns are drawn at random from a seed, so a result that depends on the order of threads comes out
 // different for some seed. Besides, two checks: shared memory that two threads use, one of them to write,
 // without a barrier between is reported (each access of the kernels goes through load_shared and
-// store_shared), and so is a launch in which nobody can go on. A launch of blocks that need not be resident
-// runs them cluster by cluster, so one that waits for another block does not end by luck.
+// store_shared, or says that it needs no barrier), and so is a launch in which nobody can go on. A launch of
+// blocks that need not be resident runs them cluster by cluster, so one that waits for another block does not
+// end by luck.
 //
 // What it can't show: how the memory of a GPU orders what a fence does not, occupancy, speed; nor a race on
 // global memory, except where some order of turns changes a result.
@@ -47,11 +48,13 @@ unsigned char* shared_memory();
 unsigned char* shared_memory_of(int rank, void* mine);  // where `mine` lies in a cluster peer's
 void sync_block();
 void sync_cluster();
-void yield();          // others' turn, while this one waits for a flag
-void flag_changed();   // somebody may go on
+void yield();      // others' turn, while this one waits for a number
+void published();  // somebody may go on
 void note(const void* shared, std::size_t bytes, bool write);
+void check_bounds(const void* shared, std::size_t bytes);  // as note does, but no barrier need order the access
 
-// All lanes of the warp bring `bytes` and get those of all: 32 entries of 64 bytes.
-const unsigned char* all_lanes(const void* mine, std::size_t bytes);
+// All lanes of the warp bring `bytes` and get those of all: 32 entries of 64 bytes. `goes_on`: unless they
+// only tell each other that they wait.
+const unsigned char* all_lanes(const void* mine, std::size_t bytes, bool goes_on = true);
 
 }  // namespace rnnfast::emu

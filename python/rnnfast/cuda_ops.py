@@ -137,9 +137,9 @@ class Layers:
             yield None
             return x.new_empty(T, B, H), h0.clone()
         h0, w_hh = _dense(h0), _dense(w_hh)
-        y = _project(x, w_ih, b_ih, b_hh)  # h takes the place of its pre-activation
-        h_n = x.new_empty(B, H)
-        arrays = (y, w_hh, h0, None, y, h_n, None, None, None)
+        a = _project(x, w_ih, b_ih, b_hh)
+        y, h_n = torch.empty_like(a), x.new_empty(B, H)
+        arrays = (a, w_hh, h0, None, y, h_n, None, None, None)
         yield Recurrence("forward", cell, x, (T, B, H, T, T), reverse, arrays)
         return y, h_n
 

@@ -31,7 +31,7 @@ struct Fma {
     State sum[tile_rows * tile_columns];
   };
 
-  // Where this lane's columns of v come from; null: zeros.
+  // Where this lane's numbers of v come from; null: zeros.
   struct Columns {
     const Real* from[tile_columns];
   };
@@ -40,28 +40,34 @@ struct Fma {
     Real v[tile_columns];
   };
 
-  static RNNFAST_DEVICE Columns columns(const Real* const* sources, int) {
+  // vector_of(n): where the vector of the tile's column n begins, or null.
+  template <class VectorOf>
+  static RNNFAST_DEVICE Columns columns(int lane, VectorOf&& vector_of) {
+    const Real* own = vector_of(lane % tile_columns);
     Columns columns;
     RNNFAST_UNROLL
-    for (int n = 0; n < tile_columns; ++n) columns.from[n] = load_shared(sources + n);
+    for (int n = 0; n < tile_columns; ++n) {
+      const Real* vector = from_lane(own, n);
+      columns.from[n] = vector ? vector + lane : nullptr;
+    }
     return columns;
   }
 
+  // Number of this lane within a step; a step that begins at k is there for the lane if k + first < terms.
+  static RNNFAST_DEVICE int first(int lane) { return lane; }
+
   template <class From>
-  static RNNFAST_DEVICE Inputs load(const Columns& columns, Index k, Index terms, bool, int lane) {
+  static RNNFAST_DEVICE Inputs load(const Columns& columns, int k, bool is_there) {
     Inputs inputs;
-    k += lane;
     RNNFAST_UNROLL
     for (int n = 0; n < tile_columns; ++n)
-      inputs.v[n] = columns.from[n] && k < terms ? From::read(columns.from[n] + k) : Real{};
+      inputs.v[n] = From::read(columns.from[n] + k, is_there && columns.from[n]);
     return inputs;
   }
 
-  static RNNFAST_DEVICE bool arrived(const Inputs& inputs) {
-    bool all = true;
+  static RNNFAST_DEVICE void look(const Inputs& inputs, Arrivals<Real>& arrivals) {
     RNNFAST_UNROLL
-    for (int n = 0; n < tile_columns; ++n) all = all && has_arrived(inputs.v[n]);
-    return all;
+    for (int n = 0; n < tile_columns; ++n) arrivals.add(inputs.v[n]);
   }
 
   static RNNFAST_DEVICE void multiply(const uint4 (&weights)[planes], const Inputs& inputs, Sums& sums) {
@@ -136,26 +142,20 @@ struct Mma {
 
   using Inputs = uint4;
 
-  static RNNFAST_DEVICE Columns columns(const Real* const* sources, int lane) {
-    return {load_shared(sources + lane / 4)};
+  template <class VectorOf>
+  static RNNFAST_DEVICE Columns columns(int lane, VectorOf&& vector_of) {
+    const Real* vector = vector_of(lane / 4);
+    return {vector ? vector + first(lane) : nullptr};
   }
 
-  // `vector`: 16 bytes can be read at once, up to the last that hold one of the terms.
+  static RNNFAST_DEVICE int first(int lane) { return lane % 4 * chunk; }
+
   template <class From>
-  static RNNFAST_DEVICE Inputs load(const Columns& columns, Index k, Index terms, bool vector, int lane) {
-    k += lane % 4 * chunk;
-    uint4 inputs{0, 0, 0, 0};
-    if (columns.from && k < terms) {
-      if (vector) {
-        inputs = From::read(reinterpret_cast<const uint4*>(columns.from + k));
-      } else {
-        inputs = gather<From>(columns.from + k, int(terms - k < chunk ? terms - k : chunk));
-      }
-    }
-    return inputs;
+  static RNNFAST_DEVICE Inputs load(const Columns& columns, int k, bool is_there) {
+    return From::read(reinterpret_cast<const uint4*>(columns.from + k), is_there && columns.from);
   }
 
-  static RNNFAST_DEVICE bool arrived(const Inputs& inputs) { return have_arrived<Real>(inputs); }
+  static RNNFAST_DEVICE void look(const Inputs& inputs, Arrivals<Real>& arrivals) { arrivals.add(inputs); }
 
   static RNNFAST_DEVICE void multiply(const uint4 (&weights)[planes], const Inputs& inputs, Sums& sums) {
     Inputs v = inputs;
@@ -186,27 +186,6 @@ struct Mma {
   }
 
  private:
-  // One number after the other, in a loop so that this rare case costs few instructions.
-  template <class From>
-  static RNNFAST_DEVICE uint4 gather(const Real* from, int count) {
-    std::uint64_t halves[2] = {0, 0};
-    RNNFAST_ROLL
-    for (int n = 0; n < count; ++n) {
-      const Real number = From::read(from + n);
-      std::conditional_t<sizeof(Real) == 4, std::uint32_t, std::uint16_t> bits;
-      memcpy(&bits, &number, sizeof(bits));
-      const std::uint64_t placed = std::uint64_t(bits) << n % (chunk / 2) * 8 * sizeof(Real);
-      if (n < chunk / 2) {
-        halves[0] |= placed;
-      } else {
-        halves[1] |= placed;
-      }
-    }
-    uint4 inputs;
-    memcpy(&inputs, halves, sizeof(inputs));
-    return inputs;
-  }
-
   static RNNFAST_DEVICE std::uint32_t rounded(std::uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof(value));

@@ -38,38 +38,41 @@ RNNFAST_DEVICE BitsOf<Real> never_absent(Real number) {
   return bits == BitsOf<Real>(~BitsOf<Real>(0)) ? BitsOf<Real>(bits >> 1) : bits;
 }
 
+// Whether all of some numbers have arrived: as unsigned words none of them is the largest that there is.
 template <class Real>
-RNNFAST_DEVICE bool has_arrived(const Real& number) {
-  return bits_of_number(number) != BitsOf<Real>(~BitsOf<Real>(0));
-}
+struct Arrivals {
+  std::conditional_t<sizeof(Real) == 8, std::uint64_t, std::uint32_t> largest = 0;
 
-// All numbers of 16 bytes.
-template <class Real>
-RNNFAST_DEVICE bool have_arrived(const uint4& numbers) {
-  if constexpr (sizeof(Real) == 2) {
-    // Whether a half of ~word is zero.
-    const auto absent = [](std::uint32_t word) { return (~word - 0x00010001u) & word & 0x80008000u; };
-    return (absent(numbers.x) | absent(numbers.y) | absent(numbers.z) | absent(numbers.w)) == 0;
-  } else {
-    return numbers.x != ~0u && numbers.y != ~0u && numbers.z != ~0u && numbers.w != ~0u;
+  RNNFAST_DEVICE void add(Real number) {
+    const BitsOf<Real> bits = bits_of_number(number);
+    largest = bits > largest ? bits : largest;
   }
-}
+  RNNFAST_DEVICE void add(const uint4& numbers) {
+    if constexpr (sizeof(Real) == 2) {
+      largest = max_halves(max_halves(largest, max_halves(numbers.x, numbers.y)), max_halves(numbers.z, numbers.w));
+    } else {
+      largest = max_of(max_of(largest, max_of(numbers.x, numbers.y)), max_of(numbers.z, numbers.w));
+    }
+  }
+  RNNFAST_DEVICE bool are_missing() const {
+    if constexpr (sizeof(Real) == 2) return (largest & 0xffff) == 0xffff || largest >> 16 == 0xffff;
+    return largest == decltype(largest)(BitsOf<Real>(~BitsOf<Real>(0)));
+  }
 
-// Where the numbers of a step are read from.
+ private:
+  static RNNFAST_DEVICE std::uint32_t max_of(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
+};
+
+// Where the numbers of a step are read from; zero, without a look, for those that are not wanted.
 template <class Place>
 struct From {
   template <class Real>
-  RNNFAST_DEVICE static Real read(const Real* from) {
-    return number_of_bits<Real>(load_arriving(Place{}, reinterpret_cast<const BitsOf<Real>*>(from)));
+  RNNFAST_DEVICE static Real read(const Real* from, bool wanted) {
+    return number_of_bits<Real>(load_arriving(Place{}, reinterpret_cast<const BitsOf<Real>*>(from), wanted));
   }
-  RNNFAST_DEVICE static uint4 read(const uint4* from) { return load_arriving(Place{}, from); }
+  RNNFAST_DEVICE static uint4 read(const uint4* from, bool wanted) { return load_arriving(Place{}, from, wanted); }
 };
 using FromGlobal = From<InGlobal>;
 using FromShared = From<InShared>;
-
-template <class Real>
-RNNFAST_DEVICE void publish_number(Real* to, BitsOf<Real> bits) {
-  publish(InGlobal{}, reinterpret_cast<BitsOf<Real>*>(to), bits);
-}
 
 }  // namespace rnnfast::cuda

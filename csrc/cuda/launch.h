@@ -39,29 +39,14 @@ inline std::string describe(const Plan& plan) {
          std::to_string(shape.T) + ", B " + std::to_string(shape.B) + ", H " + std::to_string(shape.H);
 }
 
-inline bool is_aligned(const void* address) {
-  return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
-}
-
-// The memory through which blocks hand their results round.
+// What steps leave behind, which can be what goes round.
 template <class Real>
-std::pair<void*, std::size_t> exchanged(const RecurrenceShape& shape, const RecurrenceForward<Real, StateOf<Real>>& layer) {
-  return {layer.y, std::size_t(shape.T * shape.B * shape.H) * sizeof(Real)};
+Real* output(const RecurrenceForward<Real, StateOf<Real>>& layer) {
+  return layer.y;
 }
-
 template <class Real>
-std::pair<void*, std::size_t> exchanged(const RecurrenceShape& shape, const RecurrenceBackward<Real, StateOf<Real>>& layer) {
-  return {layer.da, std::size_t(shape.T * shape.B * gate_count(shape.cell) * shape.H) * sizeof(Real)};
-}
-
-template <class Real>
-bool sources_aligned(const RecurrenceForward<Real, StateOf<Real>>& layer) {
-  return is_aligned(layer.h0) && is_aligned(layer.y);
-}
-
-template <class Real>
-bool sources_aligned(const RecurrenceBackward<Real, StateOf<Real>>& layer) {
-  return is_aligned(layer.da);
+Real* output(const RecurrenceBackward<Real, StateOf<Real>>& layer) {
+  return layer.da;
 }
 
 template <class Step>
@@ -73,23 +58,36 @@ Arguments<Step> arguments_of(const Plan& plan, const typename Step::Layer* layer
   args.tiling = plan.tiling;
   args.shared = plan.shared;
   args.blocks = plan.blocks;
+  args.may_be_early = plan.method != Method::steps;
+  args.apart = plan.apart;
   const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
-  const Index terms = plan.work.pass == Pass::forward
-                          ? args.shape.H
-                          : gate_count(args.shape.cell) * args.shape.H;
-  args.vector = in_shared || terms * Index(sizeof(Real)) % 16 == 0;
   for (int direction = 0; direction < plan.work.directions; ++direction) {
     args.layers[direction] = layers[direction];
     args.weights[direction] = reinterpret_cast<uint4*>(memory + scratch.weights[direction]);
-    if (!in_shared) args.vector = args.vector && sources_aligned<Real>(layers[direction]);
-    if constexpr (std::is_same<Step, Backward<Real>>::value) {
+    if constexpr (std::is_same<typename Step::Layer, RecurrenceBackward<Real, typename Step::State>>::value) {
       using State = typename Step::State;
       args.carries[direction] = {reinterpret_cast<State*>(memory + scratch.carry[direction]),
-                                 reinterpret_cast<State*>(memory + scratch.starts[direction]),
-                                 reinterpret_cast<Real*>(memory + scratch.windows[direction])};
+                                 reinterpret_cast<State*>(memory + scratch.starts[direction])};
+    } else if (!in_shared) {
+      args.initial[direction] = reinterpret_cast<Real*>(memory + scratch.initial[direction]);
     }
+    if (!in_shared)
+      args.exchange[direction] =
+          plan.apart ? reinterpret_cast<Real*>(memory + scratch.exchange[direction]) : output(layers[direction]);
   }
   return args;
+}
+
+// The exchange in global memory: absent numbers, where somebody waits for them, and zeros past the last term.
+template <class Real>
+void empty(const Plan& plan, Real* exchange, Stream stream) {
+  if (!exchange) return;
+  const std::size_t rows = scratch_layout(plan).exchange_rows, pitch = plan.tiling.exchange_stride * sizeof(Real);
+  const Index gates = gate_count(plan.work.shape.cell);
+  const Index terms = (plan.work.pass == Pass::forward ? 1 : gates) * plan.work.shape.H;
+  if (plan.method == Method::grid) fill(exchange, absent_byte, pitch, rows, pitch, stream);
+  const std::size_t padding = pitch - std::size_t(terms) * sizeof(Real);
+  if (padding > 0) fill(exchange + terms, 0, padding, rows, pitch, stream);
 }
 
 // All launches of one recurrence; `steps` is how many steps it has.
@@ -100,10 +98,13 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   const int directions = plan.work.directions;
 
   const Index packed = Index(plan.weights_bytes / sizeof(uint4));
-  const int pack_blocks = int((packed + block_threads - 1) / block_threads);
+  const Index initial = args.initial[0] ? Index(plan.tiling.columns) * plan.tiling.exchange_stride : 0;
+  const int pack_blocks = int(((packed > initial ? packed : initial) + block_threads - 1) / block_threads);
   launch(what + ", packing", pack<Engine, Step>, {{pack_blocks, 1, directions}, block_threads, 1, 0, false},
          stream, args, packed);
 
+  for (int direction = 0; direction < directions; ++direction)
+    empty(plan, args.exchange[direction], stream);
   LaunchShape shape{{plan.blocks, plan.groups, directions}, block_threads, 1, std::size_t(plan.shared.bytes), false};
   if (plan.method == Method::steps) {
     for (args.begin = 0; args.begin < steps; ++args.begin) {
@@ -114,10 +115,6 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   }
   args.end = steps;
   if (plan.method == Method::grid) {
-    for (int direction = 0; direction < directions; ++direction) {
-      const auto [places, bytes] = exchanged(args.shape, layers[direction]);
-      fill(places, absent_byte, bytes, stream);
-    }
     shape.resident = true;
     launch(what, recur<Engine, FromGlobal, Step>, shape, stream, args);
   } else {
@@ -126,14 +123,19 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   }
 }
 
+// body(engine, gates): the types for a plan; gates as std::integral_constant.
 template <class Real, Pass pass, class Body>
-void with_engine(const Plan& plan, Body&& body) {
+void with_types(const Plan& plan, Body&& body) {
   constexpr int rows = rows_side_by_side(pass);
+  const auto with_gates = [&](auto engine) {
+    if (plan.work.shape.cell == Cell::lstm) return body(engine, std::integral_constant<int, 4>{});
+    body(engine, std::integral_constant<int, 1>{});
+  };
   if constexpr (std::is_same<Real, double>::value) {
-    body(Fma<double, rows>{});
+    with_gates(Fma<double, rows>{});
   } else {
-    if (plan.engine.tensor_cores) return body(Mma<Real, rows>{});
-    body(Fma<Real, rows>{});
+    if (plan.engine.tensor_cores) return with_gates(Mma<Real, rows>{});
+    with_gates(Fma<Real, rows>{});
   }
 }
 
@@ -141,9 +143,9 @@ template <class Real>
 void Kernels<Real>::forward(const Plan& plan, const Forward* layers, void* scratch, int device,
                             void* stream) {
   const DeviceScope scope(device);
-  with_engine<Real, Pass::forward>(plan, [&](auto engine) {
-    run<decltype(engine), cuda::Forward<Real>>(plan, layers, int(plan.work.shape.T), scratch,
-                                               static_cast<Stream>(stream));
+  with_types<Real, Pass::forward>(plan, [&](auto engine, auto gates) {
+    run<decltype(engine), cuda::Forward<Real, gates.value>>(plan, layers, int(plan.work.shape.T), scratch,
+                                                            static_cast<Stream>(stream));
   });
 }
 
@@ -152,15 +154,14 @@ void Kernels<Real>::backward(const Plan& plan, const Backward* layers, void* scr
                              void* stream) {
   const DeviceScope scope(device);
   const RecurrenceShape& shape = plan.work.shape;
-  with_engine<Real, Pass::backward>(plan, [&](auto engine) {
-    run<decltype(engine), cuda::Backward<Real>>(plan, layers, int(shape.k2) + 1, scratch,
-                                                static_cast<Stream>(stream));
+  with_types<Real, Pass::backward>(plan, [&](auto engine, auto gates) {
+    using Step = cuda::Backward<Real, gates.value>;
+    run<decltype(engine), Step>(plan, layers, int(shape.k2) + 1, scratch, static_cast<Stream>(stream));
+    const Arguments<Step> args = arguments_of<Step>(plan, layers, static_cast<char*>(scratch));
+    const int blocks = int((shape.B * shape.H + block_threads - 1) / block_threads);
+    launch(describe(plan) + ", initial state", add_starts<Real, gates.value>,
+           {{blocks, 1, plan.work.directions}, block_threads, 1, 0, false}, static_cast<Stream>(stream), args);
   });
-  const Arguments<cuda::Backward<Real>> args =
-      arguments_of<cuda::Backward<Real>>(plan, layers, static_cast<char*>(scratch));
-  const int blocks = int((shape.B * shape.H + block_threads - 1) / block_threads);
-  launch(describe(plan) + ", initial state", add_starts<Real>,
-         {{blocks, 1, plan.work.directions}, block_threads, 1, 0, false}, static_cast<Stream>(stream), args);
 }
 
 }  // namespace rnnfast::cuda

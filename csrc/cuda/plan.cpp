@@ -27,18 +27,25 @@ struct Product {
   bool whole;  // all columns must lie in one group
 };
 
+bool overlap(const Work& work) { return work.pass == Pass::backward && work.shape.k2 > work.shape.k1; }
+
 Product product_of(const Work& work) {
   const RecurrenceShape& shape = work.shape;
   const Index G = gate_count(shape.cell);
   if (work.pass == Pass::forward) return {G * shape.H, shape.H, shape.B, false};
   const Index windows = ceil_div(shape.T, shape.k1);
-  return {shape.H, G * shape.H, windows * shape.B, shape.k2 > shape.k1};
+  return {shape.H, G * shape.H, windows * shape.B, overlap(work)};
 }
 
 // Cycles of one tile of weights by one tile of columns, of a whole multiprocessor.
 double tile_cycles(const EngineTraits& engine) {
   if (engine.tensor_cores) return 4;  // two warp-level instructions, half of what wgmma could do
   return engine.state_bytes == 8 ? 16 : 8;
+}
+
+Index units_of_block(const Plan& plan) {
+  const Index rows = Index(plan.tiling.bundles) * plan.engine.row_tiles * plan.engine.tile_rows;
+  return plan.work.pass == Pass::forward ? rows / gate_count(plan.work.shape.cell) : rows;
 }
 
 double step_cycles(const Plan& plan, const Device& device, const Product& product) {
@@ -63,8 +70,7 @@ double step_cycles(const Plan& plan, const Device& device, const Product& produc
   const double l2_traffic = double(weights.streamed) * engine.tile_bytes + (in_shared ? 0 : inputs);
   const double trips = bundle_turns * double(ceil_div(tiling.k_steps, 4));
   const double waits = trips * (in_shared && weights.streamed == 0 ? shared_latency : l2_latency);
-  const double pass_cells = double(tiling.bundles) * engine.row_tiles * engine.tile_rows * tiling.pass_columns /
-                            (plan.work.pass == Pass::forward ? double(gate_count(plan.work.shape.cell)) : 1.0);
+  const double pass_cells = double(units_of_block(plan)) * tiling.pass_columns;
   const double cells = double(ceil_div(Index(pass_cells), block_threads)) * cell_cycles;
   const double pass = std::max({multiply, shared_traffic / shared_bytes_per_cycle,
                                 l2_traffic / l2_bytes_per_cycle, waits}) +
@@ -97,13 +103,11 @@ SharedLayout shared_layout(const Plan& plan) {
     return int(begin);
   };
   SharedLayout layout{};
-  layout.sources = take(2 * Index(tiling.pass_columns) * 8);
+  layout.columns = take(Index(tiling.group_columns) * (plan.work.pass == Pass::forward ? 4 : 16));
   layout.partials = take(Index(tiling.partial_buffers) * tiling.k_warps * tiling.pass_columns *
                          partial_stride(tiling, int(bundle_rows)) * engine.state_bytes);
   const bool has_state = plan.work.shape.cell == Cell::lstm;
-  const Index units = tiling.bundles * bundle_rows / (plan.work.pass == Pass::forward ? gate_count(plan.work.shape.cell) : 1);
-  const Index passes = ceil_div(tiling.group_columns, tiling.pass_columns);
-  layout.states = take(has_state ? passes * tiling.pass_columns * units * engine.state_bytes : 0);
+  layout.states = take(has_state ? Index(tiling.group_columns) * units_of_block(plan) * engine.state_bytes : 0);
   layout.weights = take(Index(block_warps) * tiling.shared_tiles * engine.tile_bytes);
   layout.vectors = take(has_vectors(plan) ? vector_slots * Index(tiling.group_columns) * tiling.stride * engine.real_bytes : 0);
   layout.bytes = int(std::min<Index>(bytes, std::numeric_limits<int>::max()));
@@ -121,6 +125,7 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
   of_block = Index(tiling.bundles) * engine.row_tiles;
   plan.blocks = int(ceil_div(row_tiles, of_block));
   if (plan.method == Method::cluster && plan.blocks != row_blocks) return false;
+  if (units_of_block(plan) > block_threads) return false;
 
   tiling.columns = int(product.columns);
   tiling.group_columns = int(group_columns);
@@ -129,6 +134,9 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
   plan.groups = int(ceil_div(product.columns, group_columns));
   tiling.k_warps = k_warps;
   tiling.k_steps = int(ceil_div(ceil_div(product.terms, engine.step), k_warps));
+  const Index chunk = 16 / engine.real_bytes;
+  tiling.exchange_stride = int(ceil_div(product.terms, chunk) * chunk);
+  plan.apart = !has_vectors(plan) && (tiling.exchange_stride != product.terms || product.whole);
   // Rows of vectors start 64 bytes apart modulo the 128 of all banks.
   tiling.stride = has_vectors(plan) ? int((aligned(product.terms * engine.real_bytes) + 64) / engine.real_bytes) : 0;
 
@@ -159,7 +167,7 @@ bool can_run(const Device& device, const Plan& plan) {
   if (plan.groups > 65535) return false;  // the grid's second dimension
   if (plan.method != Method::grid) return true;
   // Overlapping windows' da would need more memory than is to be had, if each step had a place of its own.
-  if (plan.work.pass == Pass::backward && plan.work.shape.k2 > plan.work.shape.k1) return false;
+  if (overlap(plan.work)) return false;
   return device.cooperative &&
          Index(plan.blocks) * plan.groups * plan.work.directions <= device.multiprocessors;
 }
@@ -222,8 +230,8 @@ bool plan_method(const Device& device, const Work& work, Method method, Plan& be
 void check(const Device& device, const Work& work) {
   const Product product = product_of(work);
   const Index most = std::numeric_limits<int>::max() / 4;
-  if (work.shape.T > most || product.columns > most || product.terms > most || product.rows > most)
-    throw std::invalid_argument("T, the windows' batch rows, or G*H are more than a CUDA kernel counts");
+  if (work.shape.T > most || work.shape.T * work.shape.B > most || product.columns > most || product.terms > most || product.rows > most)
+    throw std::invalid_argument("T * B, the windows' batch rows, or G*H are more than a CUDA kernel counts");
   if (device.capability < 75)
     throw std::invalid_argument("the CUDA kernels need compute capability 7.5, the device has " +
                                 std::to_string(device.capability / 10) + "." +
@@ -296,13 +304,15 @@ Scratch scratch_layout(const Plan& plan) {
     }
   };
   take(scratch.weights, Index(plan.weights_bytes));
+  const Index columns = plan.tiling.columns, vector_bytes = Index(plan.tiling.exchange_stride) * engine.real_bytes;
   if (plan.work.pass == Pass::backward) {
-    const Index G = gate_count(shape.cell), columns = plan.tiling.columns;
-    take(scratch.carry, G == 4 ? columns * shape.H * engine.state_bytes : 0);
+    take(scratch.carry, shape.cell == Cell::lstm ? columns * shape.H * engine.state_bytes : 0);
     take(scratch.starts, columns * shape.H * engine.state_bytes);
-    take(scratch.windows,
-         shape.k2 > shape.k1 ? 2 * columns * G * shape.H * engine.real_bytes : 0);
+  } else if (!has_vectors(plan)) {
+    take(scratch.initial, shape.B * vector_bytes);
   }
+  scratch.exchange_rows = std::size_t(overlap(plan.work) ? 2 * columns : shape.T * shape.B);
+  if (plan.apart) take(scratch.exchange, Index(scratch.exchange_rows) * vector_bytes);
   return scratch;
 }
 

@@ -71,6 +71,7 @@ struct Tiling {
   int k_steps;           // steps over k of one warp
   int register_steps;    // of these, for a warp's first bundle, with weights in registers
   int shared_tiles;      // of weights, for a warp, in shared memory
+  int exchange_stride;   // numbers of a vector, with zeros at its end up to whole 16 bytes
   int stride;            // numbers from one column to the next in shared memory (local, cluster)
   int partial_buffers;   // 2 in turn save a barrier
   bool scouts;           // a few numbers are waited for before all are read
@@ -81,7 +82,7 @@ constexpr int vector_slots = 3;
 
 // A block's shared memory: where what begins, in bytes. The kernel says what these are (recurrence.h).
 struct SharedLayout {
-  int sources, partials, states, weights, vectors, bytes;
+  int columns, partials, states, weights, vectors, bytes;
 };
 
 struct Plan {
@@ -91,6 +92,7 @@ struct Plan {
   Tiling tiling;
   int blocks;  // in a group
   int groups;  // for each direction
+  bool apart;  // what goes round in global memory is not the output: its rows are no whole 16 bytes, or windows overlap
   SharedLayout shared;
   std::size_t weights_bytes;  // packed, for each direction
   std::size_t scratch_bytes;  // all the memory a call needs, packed weights included
@@ -138,7 +140,9 @@ struct Scratch {
   std::size_t weights[2];  // packed
   std::size_t carry[2];    // backward (columns, H) State: dc on its way to the step before
   std::size_t starts[2];   // backward (columns that reach the initial state, H) State: their dh0
-  std::size_t windows[2];  // backward (2, columns, G*H) Real: da of each window, where windows overlap
+  std::size_t initial[2];  // forward, grid and steps: (B, exchange_stride) Real: h0
+  std::size_t exchange[2]; // grid and steps: (rows, exchange_stride) Real: what goes round, if the output can't be it
+  std::size_t exchange_rows;  // T * B; where windows overlap 2 * columns
   std::size_t bytes;
 };
 

@@ -13,8 +13,10 @@
 //   load_arriving, publish, publish_to_peer                 words that threads hand each other without a barrier
 //   any_lane_waits, relax                                   what to do while waiting for them
 //   fail                                                    an error that the host will see
-//   exchange_lanes, multiply                                a warp's: shuffle and matrix multiply-accumulate
+//   exchange_lanes, from_lane, multiply                     a warp's: shuffles and matrix multiply-accumulate
+//   max_halves                                              of packed 16-bit numbers
 //   has_ and lacks_tensor_cores, widen, narrow, to_tf32      number formats
+//   exp_of, inverse                                         what a processor computes nearly by itself
 //   Stream, LaunchShape, launch, fill, DeviceScope          the host's side
 #pragma once
 
@@ -88,16 +90,19 @@ RNNFAST_DEVICE std::uint32_t shared_address(const void* shared) {
   return std::uint32_t(__cvta_generic_to_shared(shared));
 }
 
-RNNFAST_DEVICE uint4 load_arriving(InGlobal, const uint4* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+// Zeros unless `wanted`: as one instruction that may do nothing, where C++ would make a branch of it.
+RNNFAST_DEVICE uint4 load_arriving(InGlobal, const uint4* from, bool wanted) {
+  uint4 v{0, 0, 0, 0};
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\t"
+               "@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(from), "r"(int(wanted)) : "memory");
   return v;
 }
-RNNFAST_DEVICE uint4 load_arriving(InShared, const uint4* from) {
-  uint4 v;
-  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(from)) : "memory");
+RNNFAST_DEVICE uint4 load_arriving(InShared, const uint4* from, bool wanted) {
+  uint4 v{0, 0, 0, 0};
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\t"
+               "@p ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "r"(shared_address(from)), "r"(int(wanted)) : "memory");
   return v;
 }
 RNNFAST_DEVICE void publish(InShared, uint4* to, const uint4& v) {
@@ -120,14 +125,16 @@ RNNFAST_DEVICE void publish(InShared, uint4* to, const uint4& v) {
   }
 #endif
 #define RNNFAST_WORD(word, letter, ptx)                                                                      \
-  RNNFAST_DEVICE word load_arriving(InGlobal, const word* from) {                                            \
-    word value;                                                                                              \
-    asm volatile("ld.relaxed.gpu.global." ptx " %0, [%1];" : "=" letter(value) : "l"(from) : "memory");      \
+  RNNFAST_DEVICE word load_arriving(InGlobal, const word* from, bool wanted) {                               \
+    word value = 0;                                                                                          \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\t@p ld.relaxed.gpu.global." ptx " %0, [%1];\n\t}" \
+                 : "+" letter(value) : "l"(from), "r"(int(wanted)) : "memory");                              \
     return value;                                                                                            \
   }                                                                                                          \
-  RNNFAST_DEVICE word load_arriving(InShared, const word* from) {                                            \
-    word value;                                                                                              \
-    asm volatile("ld.volatile.shared." ptx " %0, [%1];" : "=" letter(value) : "r"(shared_address(from)) : "memory"); \
+  RNNFAST_DEVICE word load_arriving(InShared, const word* from, bool wanted) {                               \
+    word value = 0;                                                                                          \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\t@p ld.volatile.shared." ptx " %0, [%1];\n\t}" \
+                 : "+" letter(value) : "r"(shared_address(from)), "r"(int(wanted)) : "memory");              \
     return value;                                                                                            \
   }                                                                                                          \
   RNNFAST_DEVICE void publish(InGlobal, word* to, word value) {                                              \
@@ -155,6 +162,14 @@ template <class T>
 RNNFAST_DEVICE T exchange_lanes(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+template <class T>
+RNNFAST_DEVICE T* from_lane(T* value, int lane) {
+  return reinterpret_cast<T*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(value), lane));
+}
+
+// The larger of two unsigned numbers, in each half of a word.
+RNNFAST_DEVICE std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
 
 // sums (16 x 8) += a (16 x 16) b (16 x 8), in the lanes' order that PTX calls mma.m16n8k16.
 #define RNNFAST_MMA(shape, type)                                                             \
@@ -206,6 +221,20 @@ RNNFAST_DEVICE void multiply<float>(float (&sums)[4], const uint4& a, std::uint3
 }
 
 #undef RNNFAST_MMA
+
+// e^x and 1 / x to a few units in the last place; the processor has an instruction for each, nearly.
+RNNFAST_DEVICE float exp_of(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+RNNFAST_DEVICE double exp_of(double x) { return exp(x); }
+RNNFAST_DEVICE float inverse(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+RNNFAST_DEVICE double inverse(double x) { return 1 / x; }
 
 RNNFAST_DEVICE float widen(float value) { return value; }
 RNNFAST_DEVICE double widen(double value) { return value; }
@@ -319,8 +348,10 @@ void launch(const std::string& what, void (*kernel)(Parameters...), const Launch
   require(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), what);
 }
 
-inline void fill(void* memory, int byte, std::size_t bytes, Stream stream) {
-  require(cudaMemsetAsync(memory, byte, bytes, stream), "cudaMemsetAsync");
+// `bytes` of each of `rows` rows that begin `pitch` bytes apart.
+inline void fill(void* memory, int byte, std::size_t bytes, std::size_t rows, std::size_t pitch, Stream stream) {
+  if (bytes == pitch) return require(cudaMemsetAsync(memory, byte, bytes * rows, stream), "cudaMemsetAsync");
+  require(cudaMemset2DAsync(memory, pitch, byte, bytes, rows, stream), "cudaMemset2DAsync");
 }
 
 // The largest cluster that fits: 8 blocks are what every whole GPU with clusters promises, some take 16, and a

@@ -16,15 +16,19 @@ namespace rnnfast::cuda {
 
 template <class Step>
 struct Arguments {
+  using Real = typename Step::Real;
   RecurrenceShape shape;
   Tiling tiling;
+  SharedLayout shared;
   typename Step::Layer layers[2];  // one for each direction
   typename Step::Carry carries[2];
-  uint4* weights[2];        // packed
-  SharedLayout shared;
-  int begin, end;           // steps of this launch
-  int blocks;               // of a group
-  bool vector;              // sources may be read 16 bytes at a time
+  uint4* weights[2];   // packed
+  Real* exchange[2];   // (rows, exchange_stride): what goes round in global memory, null where it doesn't
+  Real* initial[2];    // (columns, exchange_stride): what comes in at the first step; null where nothing does
+  int begin, end;      // steps of this launch
+  int blocks;          // of a group
+  bool may_be_early;   // who reads a vector has to wait until it is there
+  bool apart;          // the exchange is no output, which is written besides
 };
 
 // Where the packed tile (tile, k_step) begins.
@@ -33,31 +37,39 @@ RNNFAST_DEVICE Index packed_at(const Tiling& tiling, Index tile, int k_step) {
   return (tile * tiling.k_steps * tiling.k_warps + k_step) * Engine::planes * 32;
 }
 
+// Weights in the order of the kernel, and what comes in at the first step, in rows like those of the exchange.
 template <class Engine, class Step>
 RNNFAST_KERNEL(block_threads)
 pack(RNNFAST_ARGUMENT Arguments<Step> args, RNNFAST_ARGUMENT Index count) {
+  using Real = typename Engine::Real;
   const int direction = block_index().z;
   const Step step{args.shape, args.layers[direction], args.carries[direction]};
   const Index at = Index(block_index().x) * block_threads + thread_index();
+  const Index terms = step.terms();
+  if (args.initial[direction] && at < args.tiling.columns * Index(args.tiling.exchange_stride)) {
+    const Index column = at / args.tiling.exchange_stride, k = at % args.tiling.exchange_stride;
+    const BitsOf<Real> bits = never_absent(k < terms ? step.initial(column, k) : Real{});
+    args.initial[direction][at] = number_of_bits<Real>(bits);
+  }
   if (at >= count) return;
   const int lane = int(at % 32), plane = int(at / 32 % Engine::planes);
   const int k_steps = args.tiling.k_steps * args.tiling.k_warps;
   const Index tile = at / (32 * Engine::planes);
   const Index row = tile / k_steps * Engine::tile_rows, k = tile % k_steps * Engine::step;
-  const Index rows = args.shape.H * step.sums(), terms = step.terms();
+  const Index rows = args.shape.H * step.sums;
   args.weights[direction][at] = Engine::pack(plane, lane, [&](int r, int n) {
-    return row + r < rows && k + n < terms ? step.weight(row + r, k + n) : typename Engine::Real{};
+    return row + r < rows && k + n < terms ? step.weight(row + r, k + n) : Real{};
   });
 }
 
 // Adds up the gradients of the initial state, window after window.
-template <class Real>
+template <class Real, int gates>
 RNNFAST_KERNEL(block_threads)
-add_starts(RNNFAST_ARGUMENT Arguments<Backward<Real>> args) {
+add_starts(RNNFAST_ARGUMENT Arguments<Backward<Real, gates>> args) {
   using State = StateOf<Real>;
   const int direction = block_index().z;
   const RecurrenceBackward<Real, State>& layer = args.layers[direction];
-  const typename Backward<Real>::Carry& carry = args.carries[direction];
+  const typename Backward<Real, gates>::Carry& carry = args.carries[direction];
   const Truncation truncation{args.shape.T, args.shape.k1, args.shape.k2, layer.reverse};
   const Index count = args.shape.B * args.shape.H, windows = truncation.windows_to_start();
   const Index at = Index(block_index().x) * block_threads + thread_index();
@@ -65,16 +77,17 @@ add_starts(RNNFAST_ARGUMENT Arguments<Backward<Real>> args) {
   State dh(0), dc(0);
   for (Index j = 0; j < windows; ++j) {
     dh += carry.starts[j * count + at];
-    if (layer.dc0) dc += carry.dc[j * count + at];
+    if (gates == 4) dc += carry.dc[j * count + at];
   }
   layer.dh0[at] = narrow<Real>(dh);
-  if (layer.dc0) layer.dc0[at] = dc;
+  if (gates == 4) layer.dc0[at] = dc;
 }
 
 template <class Engine, class From, class Step>
 struct Recurrence {
   using Real = typename Engine::Real;
   using State = typename Engine::State;
+  using Bits = BitsOf<Real>;
   static constexpr bool in_shared = std::is_same<From, FromShared>::value;
   static constexpr int row_tiles = Engine::row_tiles, column_tiles = Engine::column_tiles;
   static constexpr int bundle_rows = row_tiles * Engine::tile_rows;
@@ -86,11 +99,23 @@ struct Recurrence {
   const Tiling& tiling;
   const Step step;
   const int direction, group, block, thread, lane, warp, k_warp;
-  const Real** sources;   // (2, pass_columns): of this item and the next
-  State* partials;        // (partial_buffers, k_warps, pass_columns, partial_stride)
-  State* states;          // (group_columns, units): LSTMs only
-  uint4* shared_weights;  // (warps, shared_tiles, planes, lanes)
-  Real* vectors;          // (vector_slots, group_columns, stride), where in_shared
+  const int first_bundle, bundle_warps;  // of this warp; the block's warps take bundles in turn
+  const int partial_pitch;               // numbers from one column of partial sums to the next
+  const int units, cell_columns;         // of the block; columns whose cells it computes at once
+  const int own_unit, own_column;        // of this thread: the unit within the block, the first of its columns
+  const int columns_here;                // of the group
+  const int valid_steps;                 // over k, in which this lane has numbers
+
+  typename Step::Column* columns;  // (group_columns)
+  State* partials;                 // (partial_buffers, k_warps, pass_columns, partial_pitch)
+  State* states;                   // (group_columns, units): LSTMs only
+  uint4* shared_weights;           // (warps, shared_tiles, planes, lanes)
+  Real* vectors;                   // (vector_slots, group_columns, stride), where in_shared
+
+  template <class T>
+  RNNFAST_DEVICE static T* in_memory(int at) {
+    return reinterpret_cast<T*>(shared_memory() + at);
+  }
 
   RNNFAST_DEVICE explicit Recurrence(const Arguments<Step>& arguments)
       : args(arguments),
@@ -103,39 +128,52 @@ struct Recurrence {
         lane(thread % 32),
         warp(thread / 32),
         k_warp(warp % tiling.k_warps),
-        sources(reinterpret_cast<const Real**>(shared_memory() + args.shared.sources)),
-        partials(reinterpret_cast<State*>(shared_memory() + args.shared.partials)),
-        states(reinterpret_cast<State*>(shared_memory() + args.shared.states)),
-        shared_weights(reinterpret_cast<uint4*>(shared_memory() + args.shared.weights)),
-        vectors(reinterpret_cast<Real*>(shared_memory() + args.shared.vectors)) {}
+        first_bundle(warp / tiling.k_warps),
+        bundle_warps(block_warps / tiling.k_warps),
+        partial_pitch(partial_stride(tiling, bundle_rows)),
+        units(tiling.bundles * bundle_rows / Step::sums),
+        cell_columns(block_threads / units),
+        own_unit(thread % units),
+        own_column(thread / units < cell_columns ? thread / units : tiling.pass_columns),  // none
+        columns_here(column_count()),
+        valid_steps(steps_of_lane()),
+        columns(in_memory<typename Step::Column>(args.shared.columns)),
+        partials(in_memory<State>(args.shared.partials)),
+        states(in_memory<State>(args.shared.states)),
+        shared_weights(in_memory<uint4>(args.shared.weights)),
+        vectors(in_memory<Real>(args.shared.vectors)) {}
+
+  RNNFAST_DEVICE int column_count() const {
+    const int rest = tiling.columns - group * tiling.group_columns;
+    return rest < tiling.group_columns ? rest : tiling.group_columns;
+  }
+  RNNFAST_DEVICE int steps_of_lane() const {
+    const int rest = padded_terms() - k_warp * Engine::step - Engine::first(lane);
+    const int each = tiling.k_warps * Engine::step;
+    return rest > 0 ? (rest + each - 1) / each : 0;
+  }
+  // The numbers of a vector: past the last term, up to whole 16 bytes, there are zeros.
+  RNNFAST_DEVICE int padded_terms() const { return tiling.exchange_stride; }
 
   // What is multiplied between two barriers: `pass_columns` of the group's columns in one step.
   struct Item {
     int p, pass_begin;
-    int count;  // of items before this one
+    bool odd;  // is an odd number of items after the first one
   };
 
   RNNFAST_DEVICE Item after(const Item& item) const {
     const int next = item.pass_begin + tiling.pass_columns;
-    if (next < tiling.group_columns) return {item.p, next, item.count + 1};
-    return {item.p + 1, 0, item.count + 1};
+    if (next < columns_here) return {item.p, next, !item.odd};
+    return {item.p + 1, 0, !item.odd};
   }
-
   RNNFAST_DEVICE bool one_pass() const { return tiling.pass_columns >= tiling.group_columns; }
-  RNNFAST_DEVICE int column_of(int n) const { return group * tiling.group_columns + n; }
-  RNNFAST_DEVICE bool has_column(int n) const {
-    return n < tiling.group_columns && column_of(n) < tiling.columns;
-  }
-  RNNFAST_DEVICE Real* vector_of(int p, int n) const {
-    return vectors + (Index(p % vector_slots) * tiling.group_columns + n) * tiling.stride;
-  }
 
   // Weights
 
   // A tile, wherever it lies: `at` counts this warp's tiles that are not in registers.
   RNNFAST_DEVICE void fetch(int at, int bundle, int row_tile, int i, uint4 (&weights)[Engine::planes]) const {
     if (at < tiling.shared_tiles) {
-      const uint4* from = shared_weights + ((warp * tiling.shared_tiles + at) * Engine::planes * 32 + lane);
+      const uint4* from = shared_weights + ((warp * tiling.shared_tiles + at) * (Engine::planes * 32) + lane);
       RNNFAST_UNROLL
       for (int plane = 0; plane < Engine::planes; ++plane) weights[plane] = load_shared(from + plane * 32);
     } else {
@@ -155,18 +193,17 @@ struct Recurrence {
 
   // Brings the weights to where they stay.
   RNNFAST_DEVICE void settle(Resident& resident) const {
-    const int first = warp / tiling.k_warps, bundle_warps = block_warps / tiling.k_warps;
     RNNFAST_UNROLL
     for (int n = 0; n < Engine::resident_tiles; ++n)
-      if (n / row_tiles < tiling.register_steps && first < tiling.bundles)
-        fetch_packed(first, n % row_tiles, n / row_tiles, resident[n]);
+      if (n / row_tiles < tiling.register_steps && first_bundle < tiling.bundles)
+        fetch_packed(first_bundle, n % row_tiles, n / row_tiles, resident[n]);
     int at = 0;
-    for (int bundle = first; bundle < tiling.bundles; bundle += bundle_warps) {
-      for (int i = bundle == first ? tiling.register_steps : 0; i < tiling.k_steps; ++i) {
+    for (int bundle = first_bundle; bundle < tiling.bundles; bundle += bundle_warps) {
+      for (int i = bundle == first_bundle ? tiling.register_steps : 0; i < tiling.k_steps; ++i) {
         for (int row_tile = 0; row_tile < row_tiles && at < tiling.shared_tiles; ++row_tile, ++at) {
           uint4 weights[Engine::planes];
           fetch_packed(bundle, row_tile, i, weights);
-          uint4* to = shared_weights + ((warp * tiling.shared_tiles + at) * Engine::planes * 32 + lane);
+          uint4* to = shared_weights + ((warp * tiling.shared_tiles + at) * (Engine::planes * 32) + lane);
           RNNFAST_UNROLL
           for (int plane = 0; plane < Engine::planes; ++plane)
             store_shared(to + plane * 32, weights[plane]);
@@ -178,13 +215,7 @@ struct Recurrence {
   // Vectors
 
   using Inputs = typename Engine::Inputs;
-
-  // A warp's columns of one item.
-  struct Columns {
-    typename Engine::Columns tile[column_tiles];
-    const Real* last;   // of them
-    bool may_be_early;  // other blocks may not have written yet
-  };
+  using Sources = typename Engine::Columns[column_tiles];
 
   // The inputs of a few steps over k.
   struct Group {
@@ -192,98 +223,96 @@ struct Recurrence {
   };
 
   RNNFAST_DEVICE bool has_tile(int c) const { return c * Engine::tile_columns < tiling.pass_columns; }
-  RNNFAST_DEVICE Index term(int i) const { return Index(i * tiling.k_warps + k_warp) * Engine::step; }
 
-  // For `columns_of`, once a barrier has passed.
-  RNNFAST_DEVICE void find_sources(const Item& item) const {
-    if (thread >= tiling.pass_columns) return;
-    const int n = item.pass_begin + thread;
-    const Real* source = nullptr;
-    if (item.p < args.end && has_column(n) && step.arrives(item.p, column_of(n)))
-      source = in_shared ? vector_of(item.p, n) : step.source(item.p, column_of(n));
-    store_shared(sources + item.count % 2 * tiling.pass_columns + thread, source);
+  RNNFAST_DEVICE Real* shared_vector(int p, int n) const {
+    return vectors + (p % vector_slots * tiling.group_columns + n) * tiling.stride;
   }
 
-  RNNFAST_DEVICE Columns columns_of(const Item& item) const {
-    const Real** of_item = sources + item.count % 2 * tiling.pass_columns;
-    Columns columns;
+  // In global memory overlapping windows have rows of their own, for two steps in turn.
+  RNNFAST_DEVICE Index exchange_row(int p, int n, const typename Step::Column& column) const {
+    if (args.shape.k2 > args.shape.k1) return Index(p & 1) * tiling.columns + column_of(n);
+    return step.row(p, column);
+  }
+
+  RNNFAST_DEVICE int column_of(int n) const { return group * tiling.group_columns + n; }
+
+  // The vector of the group's column n at step p; null: nothing arrives.
+  RNNFAST_DEVICE const Real* source(int p, int n) const {
+    if (n >= columns_here || p >= args.end) return nullptr;
+    const typename Step::Column column = load_shared(columns + n);
+    if (!step.arrives(p, column)) return nullptr;
+    if (in_shared) return shared_vector(p, n);
+    if (step.is_initial(p)) return args.initial[direction] + Index(column_of(n)) * tiling.exchange_stride;
+    return args.exchange[direction] + exchange_row(p - 1, n, column) * tiling.exchange_stride;
+  }
+
+  RNNFAST_DEVICE void find_sources(const Item& item, Sources& sources) const {
     RNNFAST_UNROLL
-    for (int c = 0; c < column_tiles; ++c)
-      if (has_tile(c)) columns.tile[c] = Engine::columns(of_item + c * Engine::tile_columns, lane);
-    columns.last = nullptr;
-    if (tiling.scouts && has_column(item.pass_begin)) {
-      const int rest = tiling.columns - column_of(item.pass_begin);
-      columns.last = load_shared(of_item + (rest < tiling.pass_columns ? rest : tiling.pass_columns) - 1);
+    for (int c = 0; c < column_tiles; ++c) {
+      if (!has_tile(c)) break;
+      sources[c] = Engine::columns(lane, [&](int n) {
+        return source(item.p, item.pass_begin + c * Engine::tile_columns + n);
+      });
     }
-    columns.may_be_early = in_shared || item.p > args.begin;
-    return columns;
   }
 
-  RNNFAST_DEVICE void load(const Columns& columns, int i, Group& group) const {
-    const Index terms = step.terms();
+  RNNFAST_DEVICE void load(const Sources& sources, int i, Group& group) const {
     RNNFAST_UNROLL
     for (int j = 0; j < ahead; ++j) {
-      if (i + j >= tiling.k_steps) break;
+      const int k = ((i + j) * tiling.k_warps + k_warp) * Engine::step;
       RNNFAST_UNROLL
       for (int c = 0; c < column_tiles; ++c)
-        if (has_tile(c))
-          group.inputs[j][c] =
-              Engine::template load<From>(columns.tile[c], term(i + j), terms, args.vector, lane);
+        if (has_tile(c)) group.inputs[j][c] = Engine::template load<From>(sources[c], k, i + j < valid_steps);
     }
   }
 
-  // Reads again what had not arrived when it was read.
-  RNNFAST_DEVICE void await(const Columns& columns, int i, Group& group) const {
-    if (!columns.may_be_early) return;
-    const Index terms = step.terms();
+  // Reads again until all has arrived.
+  RNNFAST_DEVICE void await(const Sources& sources, int i, Group& group) const {
+    if (!args.may_be_early) return;
     for (;;) {
-      bool waits = false;
+      Arrivals<Real> arrivals;
       RNNFAST_UNROLL
       for (int j = 0; j < ahead; ++j) {
-        if (i + j >= tiling.k_steps) break;
         RNNFAST_UNROLL
-        for (int c = 0; c < column_tiles; ++c) {
-          if (!has_tile(c) || Engine::arrived(group.inputs[j][c])) continue;
-          waits = true;
-          group.inputs[j][c] =
-              Engine::template load<From>(columns.tile[c], term(i + j), terms, args.vector, lane);
-        }
+        for (int c = 0; c < column_tiles; ++c)
+          if (has_tile(c)) Engine::look(group.inputs[j][c], arrivals);
       }
-      if (!any_lane_waits(waits)) return;
+      if (!any_lane_waits(arrivals.are_missing())) return;
       relax();
+      load(sources, i, group);
     }
   }
 
   // Until a few numbers of the last column are there, from all over this warp's terms: what is there once is
   // read once, where to read everything in vain would hold up the traffic that it waits for.
-  RNNFAST_DEVICE void scout(const Columns& columns) const {
-    if (!columns.may_be_early || !columns.last) return;
+  RNNFAST_DEVICE void scout(const Item& item) const {
+    if (!tiling.scouts || first_bundle >= tiling.bundles) return;
+    const Real* last = source(item.p, columns_here - 1);
+    if (!last) return;
     constexpr int each = 4;  // of a step over k
     for (;;) {
-      bool waits = false;
+      Arrivals<Real> arrivals;
       for (int n = lane; n < tiling.k_steps * each; n += 32) {
-        const Index k = term(n / each) + n % each * (Engine::step / each);
-        if (k < step.terms() && !has_arrived(From::read(columns.last + k))) waits = true;
+        const int k = (n / each * tiling.k_warps + k_warp) * Engine::step + n % each * (Engine::step / each);
+        arrivals.add(From::read(last + k, k < step.terms()));
       }
-      if (!any_lane_waits(waits)) return;
+      if (!any_lane_waits(arrivals.are_missing())) return;
       relax();
     }
   }
 
   // The sums of this warp's tiles over its share of the terms, to `partials`. `even` holds the first inputs of
   // the item if there are several passes, and gets those of the next item.
-  RNNFAST_DEVICE void multiply(const Resident& resident, const Item& item, Columns& columns, Group& even) const {
-    const int first = warp / tiling.k_warps, bundle_warps = block_warps / tiling.k_warps;
-    const int stride = partial_stride(tiling, bundle_rows);
+  RNNFAST_DEVICE void multiply(const Resident& resident, const Item& item, Sources& sources, Group& even) const {
     Group odd;
     int at = 0;
-    scout(columns);
-    for (int bundle = first; bundle < tiling.bundles; bundle += bundle_warps) {
+    scout(item);
+    for (int bundle = first_bundle; bundle < tiling.bundles; bundle += bundle_warps) {
       typename Engine::Sums sums[row_tiles][column_tiles] = {};
       // Multiplies one group's inputs while those of the next are on their way.
       const auto turn = [&](int i, Group& now, Group& next, auto&& weights_of) {
-        if (i + ahead < tiling.k_steps) load(columns, i + ahead, next);
-        await(columns, i, now);
+        if (i + ahead < tiling.k_steps) load(sources, i + ahead, next);
+        await(sources, i, now);
         RNNFAST_UNROLL
         for (int j = 0; j < ahead; ++j) {
           if (i + j >= tiling.k_steps) break;
@@ -297,9 +326,9 @@ struct Recurrence {
           }
         }
       };
-      if (one_pass() || bundle != first) load(columns, 0, even);
+      if (one_pass() || bundle != first_bundle) load(sources, 0, even);
       int i = 0;
-      if (bundle == first) {
+      if (bundle == first_bundle) {
         RNNFAST_UNROLL
         for (int next = 0; next < resident_steps; next += ahead) {
           if (next >= tiling.register_steps) break;
@@ -312,6 +341,7 @@ struct Recurrence {
         }
         i = tiling.register_steps;
       }
+      RNNFAST_ROLL
       for (; i < tiling.k_steps; i += 2 * ahead) {
         const auto from_memory = [&](int begin) {
           return [&, begin](int j, int r, auto&& use) {
@@ -323,156 +353,143 @@ struct Recurrence {
         turn(i, even, odd, from_memory(i));
         if (i + ahead < tiling.k_steps) turn(i + ahead, odd, even, from_memory(i + ahead));
       }
-      State* out = partials_of(item) + Index(k_warp) * tiling.pass_columns * stride + bundle * bundle_rows;
+      State* out = partials_of(item) + k_warp * (tiling.pass_columns * partial_pitch) + bundle * bundle_rows;
       RNNFAST_UNROLL
-      for (int r = 0; r < row_tiles; ++r) {
+      for (int c = 0; c < column_tiles; ++c) {
+        if (!has_tile(c)) break;
         RNNFAST_UNROLL
-        for (int c = 0; c < column_tiles; ++c)
-          if (has_tile(c))
-            Engine::store(sums[r][c],
-                          out + c * Engine::tile_columns * stride + r * Engine::tile_rows, stride, lane);
+        for (int r = 0; r < row_tiles; ++r)
+          Engine::store(sums[r][c], out + r * Engine::tile_rows, partial_pitch, lane);
+        out += Engine::tile_columns * partial_pitch;
       }
     }
-    columns = columns_of(after(item));
-    if (!one_pass()) load(columns, 0, even);
+    if (one_pass()) return;
+    find_sources(after(item), sources);
+    load(sources, 0, even);
   }
 
   RNNFAST_DEVICE State* partials_of(const Item& item) const {
-    const int stride = partial_stride(tiling, bundle_rows);
-    return partials + Index(item.count % tiling.partial_buffers) * tiling.k_warps * tiling.pass_columns * stride;
+    const bool second = item.odd && tiling.partial_buffers == 2;
+    return partials + (second ? tiling.k_warps * tiling.pass_columns * partial_pitch : 0);
   }
 
   // Vectors in shared memory
 
   // Empties places of one step, 16 bytes at a time; past the last term there are zeros that stay.
-  RNNFAST_DEVICE void clear_vectors(int slot) const {
+  RNNFAST_DEVICE void clear_vectors(int p) const {
     constexpr int chunk = 16 / sizeof(Real);
-    const Index terms = step.terms();
-    for (int n = warp; n < tiling.group_columns; n += block_warps) {
-      Real* vector = vector_of(slot, n);
-      for (Index k = lane * chunk; k < terms; k += 32 * chunk) {
+    const int terms = step.terms();
+    for (int n = warp; n < columns_here; n += block_warps) {
+      Real* vector = shared_vector(p, n);
+      for (int k = lane * chunk; k < terms; k += 32 * chunk) {
         if (k + chunk <= terms) {
           publish(InShared{}, reinterpret_cast<uint4*>(vector + k), uint4{~0u, ~0u, ~0u, ~0u});
         } else {
-          for (Index rest = k; rest < terms; ++rest) publish_shared(vector + rest, BitsOf<Real>(~BitsOf<Real>(0)));
+          for (int rest = k; rest < terms; ++rest) publish_shared(vector + rest, Bits(~Bits(0)));
         }
       }
     }
   }
 
-  RNNFAST_DEVICE void publish_shared(Real* to, BitsOf<Real> bits) const {
-    publish(InShared{}, reinterpret_cast<BitsOf<Real>*>(to), bits);
+  RNNFAST_DEVICE void publish_shared(Real* to, Bits bits) const {
+    publish(InShared{}, reinterpret_cast<Bits*>(to), bits);
   }
 
-  // All places empty, and what arrives at the first step.
+  // All places empty, and what comes in at the first step.
   RNNFAST_DEVICE void prepare_vectors() const {
-    const Index terms = step.terms();
+    const int terms = step.terms();
     for (int n = warp; n < vector_slots * tiling.group_columns; n += block_warps)
-      for (Index k = terms + lane; k < tiling.stride; k += 32) publish_shared(vectors + Index(n) * tiling.stride + k, 0);
+      for (int k = terms + lane; k < padded_terms(); k += 32) publish_shared(vectors + n * tiling.stride + k, 0);
     for (int slot = 0; slot < vector_slots; ++slot) clear_vectors(slot);
     sync_block();
-    for (int n = warp; n < tiling.group_columns; n += block_warps) {
-      if (!has_column(n) || !step.arrives(args.begin, column_of(n))) continue;
-      const Real* from = step.source(args.begin, column_of(n));
-      for (Index k = lane; k < terms; k += 32) publish_shared(vector_of(args.begin, n) + k, never_absent(from[k]));
-    }
+    if (!step.is_initial(args.begin)) return;
+    for (int n = warp; n < columns_here; n += block_warps)
+      for (int k = lane; k < terms; k += 32)
+        publish_shared(shared_vector(args.begin, n) + k, never_absent(step.initial(column_of(n), k)));
   }
 
-  // Cells: those of an item are dealt to the block's threads, consecutive units to consecutive lanes, and always
-  // to the same.
+  // Cells. A thread has one unit, in every `cell_columns`th column of an item.
 
-  struct Cell {
-    int n, unit_in_block, unit, column;
-  };
-
-  RNNFAST_DEVICE int units() const { return tiling.bundles * bundle_rows / step.sums(); }
-  RNNFAST_DEVICE Cell cell_at(int cell, int pass_begin) const {
-    const int n = cell / units(), unit = cell - n * units();
-    return {n, unit, block * units() + unit, column_of(pass_begin + n)};
-  }
-  RNNFAST_DEVICE bool exists(const Cell& cell, int pass_begin) const {
-    return cell.n < tiling.pass_columns && cell.unit < args.shape.H && has_column(pass_begin + cell.n);
-  }
-  RNNFAST_DEVICE bool is_in(const Cell& cell, const Item& item) const {
-    return item.p < args.end && exists(cell, item.pass_begin) && step.has_cell(item.p, cell.column);
-  }
-  RNNFAST_DEVICE State& state_of(const Cell& cell, int pass_begin) const {
-    return states[Index(pass_begin + cell.n) * units() + cell.unit_in_block];
+  RNNFAST_DEVICE bool has_cell(const Item& item, int n) const {
+    return n < tiling.pass_columns && item.pass_begin + n < columns_here && item.p < args.end &&
+           block * units + own_unit < int(args.shape.H) &&
+           step.has_cell(item.p, load_shared(columns + item.pass_begin + n));
   }
 
-  // use(cell, pass_begin) for every cell of this thread, in all passes.
+  // use(unit, column, state) for all of this thread's cells.
   template <class Use>
-  RNNFAST_DEVICE void for_each_cell(Use&& use) const {
-    for (int pass_begin = 0; pass_begin < tiling.group_columns; pass_begin += tiling.pass_columns)
-      for (int n = thread; n < units() * tiling.pass_columns; n += block_threads) {
-        const Cell cell = cell_at(n, pass_begin);
-        if (exists(cell, pass_begin)) use(cell, pass_begin);
-      }
+  RNNFAST_DEVICE void for_each_state(Use&& use) const {
+    const int unit = block * units + own_unit;
+    if (!Step::has_state || unit >= int(args.shape.H)) return;
+    for (int begin = 0; begin < columns_here; begin += tiling.pass_columns)
+      for (int n = own_column; n < tiling.pass_columns && begin + n < columns_here; n += cell_columns)
+        use(unit, column_of(begin + n), states + (begin + n) * units + own_unit);
   }
 
   // The sums of a unit, over all k warps.
-  RNNFAST_DEVICE void add_partials(const Cell& cell, const Item& item, State (&sums)[4]) const {
-    const int stride = partial_stride(tiling, bundle_rows);
-    const State* from = partials_of(item) + cell.n * stride + cell.unit_in_block * step.sums();
-    const Index next = Index(tiling.pass_columns) * stride;
-    if (step.sums() == 4) {
-      struct alignas(16) Gates {
-        State of[4];
-      };
-      for (int k = 0; k < tiling.k_warps; ++k, from += next) {
-        const Gates part = load_shared(reinterpret_cast<const Gates*>(from));
-        RNNFAST_UNROLL
-        for (int gate = 0; gate < 4; ++gate) sums[gate] += part.of[gate];
-      }
-    } else {
-      for (int k = 0; k < tiling.k_warps; ++k, from += next) sums[0] += load_shared(from);
+  RNNFAST_DEVICE void add_partials(const Item& item, int n, State (&sums)[Step::sums]) const {
+    struct alignas(Step::sums == 4 ? 16 : sizeof(State)) Part {
+      State of[Step::sums];
+    };
+    const State* from = partials_of(item) + n * partial_pitch + own_unit * Step::sums;
+    const int next = tiling.pass_columns * partial_pitch;
+    Part parts[block_warps];
+    RNNFAST_UNROLL
+    for (int k = 0; k < block_warps; ++k) {
+      parts[k] = k < tiling.k_warps ? load_shared(reinterpret_cast<const Part*>(from)) : Part{};
+      from += next;
+    }
+    RNNFAST_UNROLL
+    for (int k = 0; k < block_warps; ++k) {
+      RNNFAST_UNROLL
+      for (int sum = 0; sum < Step::sums; ++sum) sums[sum] += parts[k].of[sum];
     }
   }
 
-  RNNFAST_DEVICE void finish(const Cell& cell, const Item& item, const typename Step::Inputs& inputs) const {
-    State sums[4] = {};
-    add_partials(cell, item, sums);
-    const bool has_state = args.shape.cell == rnnfast::Cell::lstm;
-    State state = has_state ? load_shared(&state_of(cell, item.pass_begin)) : State(0);
-    const bool hands_on = in_shared && item.p + 1 < args.end;
-    Real* mine = in_shared ? vector_of(item.p + 1, item.pass_begin + cell.n) : nullptr;
-    Real* target = step.target(item.p, cell.column);
-    step.finish(item.p, cell.column, cell.unit, inputs, sums, state, [&](Index k, Real value) {
-      const BitsOf<Real> bits = never_absent(value);
-      if (hands_on) {
+  RNNFAST_DEVICE void finish(const Item& item, int n, const typename Step::Inputs& inputs) const {
+    State sums[Step::sums] = {};
+    add_partials(item, n, sums);
+    const int at = item.pass_begin + n, unit = block * units + own_unit;
+    const typename Step::Column column = load_shared(columns + at);
+    State* kept = states + at * units + own_unit;
+    State state = Step::has_state ? load_shared(kept) : State(0);
+    Real* out = nullptr;
+    if constexpr (in_shared) {
+      out = shared_vector(item.p + 1, at);
+    } else {
+      out = args.exchange[direction] + exchange_row(item.p, at, column) * tiling.exchange_stride;
+    }
+    const bool last = item.p + 1 >= args.end;
+    const bool keeps = in_shared || args.apart;
+    step.finish(item.p, column, column_of(at), unit, inputs, sums, state, keeps, [&](int k, Real value) {
+      const Bits bits = never_absent(value);
+      if constexpr (!in_shared) {
+        publish(InGlobal{}, reinterpret_cast<Bits*>(out + k), bits);
+      } else if (!last) {
         if (args.blocks == 1) {
-          publish_shared(mine + k, bits);
+          publish_shared(out + k, bits);
         } else {
           for (int rank = 0; rank < args.blocks; ++rank)
-            publish_to_peer(rank, reinterpret_cast<BitsOf<Real>*>(mine + k), bits);
+            publish_to_peer(rank, reinterpret_cast<Bits*>(out + k), bits);
         }
       }
-      publish_number(target + k, bits);
     });
-    if (has_state) store_shared(&state_of(cell, item.pass_begin), state);
+    if (Step::has_state) store_shared(kept, state);
   }
 
-  using CellInputs = typename Step::Inputs[Step::cells_ahead];
-
-  // The inputs of this thread's first cells of an item.
-  RNNFAST_DEVICE void load_cells(const Item& item, CellInputs& inputs) const {
-    RNNFAST_UNROLL
-    for (int n = 0; n < Step::cells_ahead; ++n) {
-      const Cell cell = cell_at(thread + n * block_threads, item.pass_begin);
-      if (is_in(cell, item)) inputs[n] = step.load(item.p, cell.column, cell.unit);
-    }
+  RNNFAST_DEVICE void load_cell(const Item& item, int n, typename Step::Inputs& inputs) const {
+    if (has_cell(item, n))
+      inputs = step.load(item.p, load_shared(columns + item.pass_begin + n), block * units + own_unit);
   }
 
-  RNNFAST_DEVICE void finish_cells(const Item& item, const CellInputs& inputs) const {
-    RNNFAST_UNROLL
-    for (int n = 0; n < Step::cells_ahead; ++n) {
-      const Cell cell = cell_at(thread + n * block_threads, item.pass_begin);
-      if (is_in(cell, item)) finish(cell, item, inputs[n]);
-    }
+  // This thread's cells of an item. `inputs` are those of the first one, and then of the next item's first.
+  RNNFAST_DEVICE void finish_cells(const Item& item, const Item& next, typename Step::Inputs& inputs) const {
     RNNFAST_ROLL
-    for (int n = thread + Step::cells_ahead * block_threads; n < units() * tiling.pass_columns; n += block_threads) {
-      const Cell cell = cell_at(n, item.pass_begin);
-      if (is_in(cell, item)) finish(cell, item, step.load(item.p, cell.column, cell.unit));
+    for (int n = own_column; n < tiling.pass_columns; n += cell_columns) {
+      if (has_cell(item, n)) finish(item, n, inputs);
+      const bool more = n + cell_columns < tiling.pass_columns;
+      const Item of{more ? item.p : next.p, more ? item.pass_begin : next.pass_begin, false};
+      load_cell(of, more ? n + cell_columns : own_column, inputs);
     }
   }
 
@@ -485,43 +502,38 @@ struct Recurrence {
   }
 
   RNNFAST_DEVICE void run() const {
-    const bool has_state = args.shape.cell == rnnfast::Cell::lstm;
     Resident resident;
     settle(resident);
-    if (has_state)
-      for_each_cell([&](const Cell& cell, int pass_begin) {
-        store_shared(&state_of(cell, pass_begin), step.state_before(args.begin, cell.column, cell.unit));
-      });
+    for (int n = thread; n < columns_here; n += block_threads) store_shared(columns + n, step.column(column_of(n)));
+    for_each_state([&](int unit, int column, State* state) {
+      store_shared(state, step.state_before(args.begin, column, unit));
+    });
     if (in_shared) prepare_vectors();
-    Item item{args.begin, 0, 0};
-    find_sources(item);
-    find_sources(after(item));
     sync_group();
 
-    Columns columns = columns_of(item);
-    sync_block();  // before the sources of another item take their place
+    Item item{args.begin, 0, false};
+    Sources sources;
+    find_sources(item, sources);
     Group even;
-    if (!one_pass()) load(columns, 0, even);
-    typename Step::Inputs inputs[Step::cells_ahead] = {};
-    load_cells(item, inputs);
+    if (!one_pass()) load(sources, 0, even);
+    typename Step::Inputs inputs{};
+    load_cell(item, own_column, inputs);
     while (item.p < args.end) {
-      multiply(resident, item, columns, even);
-      const Item next = after(item);
-      find_sources(after(next));
-      // Those of the step before have been read, and no peer writes the step after next before it has what
-      // follows the barrier.
+      multiply(resident, item, sources, even);
+      // The step before has been read, and no peer writes the step after next before it has what follows the
+      // barrier.
       if (in_shared && item.pass_begin == 0) clear_vectors(item.p + vector_slots - 1);
       sync_block();
-      finish_cells(item, inputs);
-      load_cells(next, inputs);
+      const Item next = after(item);
+      finish_cells(item, next, inputs);
       if (tiling.partial_buffers == 1) sync_block();
       item = next;
+      if (one_pass()) find_sources(item, sources);
     }
 
-    if (has_state)
-      for_each_cell([&](const Cell& cell, int pass_begin) {
-        step.keep_state(cell.column, cell.unit, load_shared(&state_of(cell, pass_begin)));
-      });
+    for_each_state([&](int unit, int column, State* state) {
+      step.keep_state(column, unit, load_shared(state));
+    });
     if (in_shared) sync_group();  // no block's memory goes away while a peer writes to it
   }
 };

@@ -58,14 +58,14 @@ struct InGlobal {};
 struct InShared {};
 
 template <class Word>
-Word load_arriving(InGlobal, const Word* from) {
-  return *from;
+Word load_arriving(InGlobal, const Word* from, bool wanted) {
+  return wanted ? *from : Word{};
 }
 
 template <class Word>
-Word load_arriving(InShared, const Word* from) {
-  emu::check_bounds(from, sizeof(Word));
-  return *from;
+Word load_arriving(InShared, const Word* from, bool wanted) {
+  if (wanted) emu::check_bounds(from, sizeof(Word));
+  return wanted ? *from : Word{};
 }
 
 template <class Word>
@@ -101,6 +101,26 @@ T exchange_lanes(T value, int mask) {
   const unsigned char* lanes = emu::all_lanes(&value, sizeof(value));
   memcpy(&value, lanes + ((thread_index() % 32) ^ mask) * 64, sizeof(value));
   return value;
+}
+
+template <class T>
+T* from_lane(T* value, int lane) {
+  const unsigned char* lanes = emu::all_lanes(&value, sizeof(value));
+  memcpy(&value, lanes + lane * 64, sizeof(value));
+  return value;
+}
+
+inline std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffff, b & 0xffff);
+}
+
+template <class State>
+State exp_of(State x) {
+  return std::exp(x);
+}
+template <class State>
+State inverse(State x) {
+  return 1 / x;
 }
 
 inline float widen(float value) { return value; }
@@ -243,6 +263,8 @@ void launch(const std::string& what, void (*kernel)(Parameters...), const Launch
            [&] { std::apply(kernel, copies); });
 }
 
-inline void fill(void* memory, int byte, std::size_t bytes, Stream) { std::memset(memory, byte, bytes); }
+inline void fill(void* memory, int byte, std::size_t bytes, std::size_t rows, std::size_t pitch, Stream) {
+  for (std::size_t row = 0; row < rows; ++row) std::memset(static_cast<char*>(memory) + row * pitch, byte, bytes);
+}
 
 }  // namespace rnnfast::cuda

@@ -21,7 +21,7 @@ from tolerance import assert_close
 METHODS = ["local", "cluster", "grid", "steps"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LARGE = {"multiprocessors": 24}
-SMALL = {"multiprocessors": 8, "shared_bytes": 49152}  # several groups, weights streamed from L2
+SMALL = {"multiprocessors": 8, "shared_bytes": 131072}  # several groups, weights streamed from L2
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 METHODS = ["local", "cluster", "grid", "steps"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-SMALL = {"multiprocessors": 8, "shared_bytes": 49152}
+SMALL = {"multiprocessors": 8, "shared_bytes": 131072}
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +30,6 @@ def poisoned():
 def both(case, dtype, method="", seed=1, keep="all", **properties):
     with emulating(seed, **properties), bidirectional_operators(method):
         return by_bidirectional_operator(case, dtype, keep=keep)
-
-
-def terms_are_shared_alike(case, dtype, method, properties):
-    """Whether a launch for two directions adds up in the order of a launch for one."""
-    number = str(dtype).removeprefix("torch.")
-    for backward in (False, True):
-        k1, k2 = case.truncate if backward and case.truncate else (case.T, case.T)
-        work = (device(**properties), backward, case.cell, number, case.T, case.B, case.H, k1, k2)
-        one, two = (native.plan(*work, count, method).as_dict() for count in (1, 2))
-        if one["k_warps"] != two["k_warps"]:
-            return False
-    return True
 
 
 CASES = [
@@ -59,6 +47,7 @@ CASES = [
 TURNS = [
     (case, method, DTYPES[(i + j) % 4])
     for (i, case), (j, method) in itertools.product(enumerate(CASES), enumerate(METHODS))
+    if method != "grid" or case.truncate is None or len(set(case.truncate)) == 1  # no overlapping
 ]
 
 
@@ -67,9 +56,6 @@ def test_results(case, method, dtype):
     """Those of the textbook, and bit for bit those of two launches, one for each direction."""
     results = both(case, dtype, method, **SMALL)
     check(case, results, dtype)
-    if not terms_are_shared_alike(case, dtype, method, SMALL):
-        assert method != "local"
-        return
     with emulating(**SMALL):
         alone = [run(each, dtype, method) for each in directions(case)]
     alone[0]["dx"] = alone[0]["dx"] + alone[1].pop("dx")
@@ -120,8 +106,8 @@ def test_one_launch_serves_both_directions(cell, method):
 
 
 def test_two_launches_where_they_are_estimated_to_be_faster():
-    # One direction's weights stay on this device's two multiprocessors, those of two don't.
-    properties = {"multiprocessors": 2, "shared_bytes": 16384, "largest_cluster": 1}
+    # One direction's blocks can all be resident on this device, those of two cannot.
+    properties = {"multiprocessors": 4, "shared_bytes": 65536, "largest_cluster": 1}
     case, described = Case("lstm", 3, 9, 2, 100), device(**properties)
     work = (described, False, "lstm", "bfloat16", 3, 9, 100, 3, 3)
     one, two = native.plan(*work, 1), native.plan(*work, 2)

@@ -36,6 +36,7 @@ struct Backward {
 
   RNNFAST_DEVICE bool overlapping() const { return shape.k2 > shape.k1; }
 
+  static constexpr bool columns_are_simple = false;
   // A window's row: its batch row, the window's last step, and the steps [begin, end) whose losses are its own.
   struct alignas(16) Column {
     int b, last, begin, end;
@@ -76,17 +77,24 @@ struct Backward {
   }
 
   struct Inputs {
-    State dh, dc;  // that come from outside
+    int row;
+    bool inside, starts, adds, ends;  // ends: what arrives is the gradient of the initial state
+    State dh, dc;                     // that come from outside
     Real gate[gates];
     State c_prev, state;  // state: c, or an RNN's h
   };
 
   RNNFAST_DEVICE Inputs load(int p, const Column& column, int unit) const {
     Inputs in{};
-    if (!is_inside(p, column)) return in;
-    const int H = int(shape.H), step = this->step(p, column), row = this->row(p, column);
-    const Index here = Index(row) * H + unit;
+    const int H = int(shape.H), step = this->step(p, column);
+    in.inside = is_inside(p, column);
+    in.ends = step == -1;
+    if (!in.inside) return in;
+    in.row = row(p, column);
+    in.starts = step == column.end - 1;
+    const Index here = Index(in.row) * H + unit;
     const bool counts = step >= column.begin, final = step == int(shape.T) - 1;
+    in.adds = overlapping() && !counts;
     if (counts && layer.dy) in.dh = widen(layer.dy[here]);
     if (final && layer.dh_n) in.dh += widen(layer.dh_n[Index(column.b) * H + unit]);
     if constexpr (gates == 4) {
@@ -95,7 +103,7 @@ struct Backward {
       const Index before = Index(layer.reverse ? shape.B : -shape.B) * H;
       in.c_prev = step == 0 ? layer.c0[Index(column.b) * H + unit] : layer.c[here + before];
       in.state = layer.c[here];
-      const Real* from = layer.gates + Index(row) * (4 * H) + unit;
+      const Real* from = layer.gates + Index(in.row) * (4 * H) + unit;
       RNNFAST_UNROLL
       for (int gate = 0; gate < 4; ++gate, from += H) in.gate[gate] = *from;
     } else {
@@ -105,21 +113,20 @@ struct Backward {
   }
 
   template <class Put>
-  RNNFAST_DEVICE void finish(int p, const Column& column, int index, int unit, const Inputs& in, const State (&sums)[1],
-                             State& dc_after, bool keeps, Put&& put) const {
+  RNNFAST_DEVICE void finish(int, int index, int unit, const Inputs& in, const State (&sums)[1], State& dc_after,
+                             bool keeps, Put&& put) const {
     using V = Number<State>;
-    const int H = int(shape.H), step = this->step(p, column);
-    if (!is_inside(p, column)) {
-      if (step == -1) carry.starts[Index(index) * H + unit] = sums[0];
+    const int H = int(shape.H);
+    if (!in.inside) {
+      if (in.ends) carry.starts[Index(index) * H + unit] = sums[0];
       return;
     }
-    const bool starts = step == column.end - 1;
-    const V dh(starts ? in.dh : in.dh + sums[0]);
+    const V dh(in.starts ? in.dh : in.dh + sums[0]);
     State da[gates];
     if constexpr (gates == 4) {
       const LstmGates<V> gate{V(widen(in.gate[0])), V(widen(in.gate[1])), V(widen(in.gate[2])),
                               V(widen(in.gate[3]))};
-      V dc(starts ? in.dc : dc_after + in.dc);
+      V dc(in.starts ? in.dc : dc_after + in.dc);
       LstmGates<V> gradient{V(0), V(0), V(0), V(0)};
       lstm_backward(gate, V(in.c_prev), V(in.state), dh, dc, gradient);
       dc_after = dc.value;
@@ -133,13 +140,11 @@ struct Backward {
     RNNFAST_UNROLL
     for (int gate = 0; gate < gates; ++gate) put(gate * H + unit, narrow<Real>(da[gate]));
     if (!keeps) return;
-    Real* kept = layer.da + Index(row(p, column)) * (gates * H) + unit;
+    Real* kept = layer.da + Index(in.row) * (gates * H) + unit;
+    // A step's own block comes first, then the later ones whose windows reach back to it.
     RNNFAST_UNROLL
-    for (int gate = 0; gate < gates; ++gate) {
-      // A step's own block comes first, then the later ones whose windows reach back to it.
-      const bool adds = overlapping() && step < column.begin;
-      kept[gate * H] = narrow<Real>(adds ? widen(kept[gate * H]) + da[gate] : da[gate]);
-    }
+    for (int gate = 0; gate < gates; ++gate, kept += H)
+      *kept = narrow<Real>(in.adds ? widen(*kept) + da[gate] : da[gate]);
   }
 };
 

@@ -75,13 +75,12 @@ inline py::dict as_dict(const Plan& plan) {
       "group_columns"_a = tiling.group_columns, "pass_columns"_a = tiling.pass_columns,
       "tile_rows"_a = plan.engine.tile_rows, "tile_columns"_a = plan.engine.tile_columns,
       "tile_terms"_a = plan.engine.step, "row_tiles"_a = plan.engine.row_tiles,
-      "bundles"_a = tiling.bundles, "k_warps"_a = tiling.k_warps, "k_steps"_a = tiling.k_steps,
+      "bundles"_a = tiling.bundles, "k_steps"_a = tiling.k_steps,
       "register_steps"_a = tiling.register_steps, "shared_tiles"_a = tiling.shared_tiles,
       "register_weight_bytes"_a = weights.registers * tile_bytes,
       "shared_weight_bytes"_a = weights.shared * tile_bytes,
       "streamed_weight_bytes"_a = weights.streamed * tile_bytes, "weights_bytes"_a = plan.weights_bytes,
-      "shared_bytes"_a = plan.shared.bytes, "partial_buffers"_a = tiling.partial_buffers,
-      "scouts"_a = tiling.scouts, "scratch_bytes"_a = plan.scratch_bytes,
+      "shared_bytes"_a = plan.shared.bytes, "partial_buffers"_a = tiling.partial_buffers, "scratch_bytes"_a = plan.scratch_bytes,
       "cycles"_a = plan.cycles, "reason"_a = plan.reason);
 }
 

@@ -23,7 +23,7 @@ struct Fma {
   static constexpr int column_tiles = 1;  // side by side
   static constexpr int resident_tiles = sizeof(State) == 4 ? 8 : 4;  // of weights, in registers
   static constexpr int row_tiles = sizeof(State) == 4 ? rows_ : 1;  // side by side
-  static constexpr int ahead = sizeof(State) == 4 ? 2 : 1;  // steps whose inputs are loaded together
+  static constexpr int inputs_ahead = sizeof(State) == 4 ? 4 : 1;  // tiles whose inputs are loaded together
   // The 16-bit formats have tensor cores wherever they have machine code of their own.
   static constexpr bool is_built = sizeof(Real) > 2 || lacks_tensor_cores;
 
@@ -31,7 +31,7 @@ struct Fma {
     State sum[tile_rows * tile_columns];
   };
 
-  // Where this lane's numbers of v come from; null: zeros.
+  // Where this lane's numbers of v come from.
   struct Columns {
     const Real* from[tile_columns];
   };
@@ -40,15 +40,14 @@ struct Fma {
     Real v[tile_columns];
   };
 
-  // vector_of(n): where the vector of the tile's column n begins, or null.
+  // vector_of(n): where the vector of the tile's column n begins.
   template <class VectorOf>
   static RNNFAST_DEVICE Columns columns(int lane, VectorOf&& vector_of) {
     const Real* own = vector_of(lane % tile_columns);
     Columns columns;
     RNNFAST_UNROLL
     for (int n = 0; n < tile_columns; ++n) {
-      const Real* vector = from_lane(own, n);
-      columns.from[n] = vector ? vector + lane : nullptr;
+      columns.from[n] = from_lane(own, n) + lane;
     }
     return columns;
   }
@@ -56,12 +55,14 @@ struct Fma {
   // Number of this lane within a step; a step that begins at k is there for the lane if k + first < terms.
   static RNNFAST_DEVICE int first(int lane) { return lane; }
 
+  // Numbers `begin` + `further`, of which the compiler knows the latter; those of `zeros` where there are none.
   template <class From>
-  static RNNFAST_DEVICE Inputs load(const Columns& columns, int k, bool is_there) {
+  static RNNFAST_DEVICE Inputs load(const Columns& columns, int begin, int further, bool is_there,
+                                    const Real* zeros) {
     Inputs inputs;
     RNNFAST_UNROLL
     for (int n = 0; n < tile_columns; ++n)
-      inputs.v[n] = From::read(columns.from[n] + k, is_there && columns.from[n]);
+      inputs.v[n] = From::read((is_there ? columns.from[n] + begin : zeros) + further);
     return inputs;
   }
 
@@ -128,7 +129,7 @@ struct Mma {
   static constexpr int column_tiles = 2;
   static constexpr int resident_tiles = 8;
   static constexpr int row_tiles = rows_;
-  static constexpr int ahead = 2;  // steps whose inputs are loaded together
+  static constexpr int inputs_ahead = 8;  // tiles whose inputs are loaded together
   static constexpr bool is_built = has_tensor_cores;
 
   // One for each of a step's two instructions, which then need not wait for each other.
@@ -144,15 +145,15 @@ struct Mma {
 
   template <class VectorOf>
   static RNNFAST_DEVICE Columns columns(int lane, VectorOf&& vector_of) {
-    const Real* vector = vector_of(lane / 4);
-    return {vector ? vector + first(lane) : nullptr};
+    return {vector_of(lane / 4) + first(lane)};
   }
 
   static RNNFAST_DEVICE int first(int lane) { return lane % 4 * chunk; }
 
   template <class From>
-  static RNNFAST_DEVICE Inputs load(const Columns& columns, int k, bool is_there) {
-    return From::read(reinterpret_cast<const uint4*>(columns.from + k), is_there && columns.from);
+  static RNNFAST_DEVICE Inputs load(const Columns& columns, int begin, int further, bool is_there,
+                                    const Real* zeros) {
+    return From::read(reinterpret_cast<const uint4*>((is_there ? columns.from + begin : zeros) + further));
   }
 
   static RNNFAST_DEVICE void look(const Inputs& inputs, Arrivals<Real>& arrivals) { arrivals.add(inputs); }

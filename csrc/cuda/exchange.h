@@ -63,14 +63,14 @@ struct Arrivals {
   static RNNFAST_DEVICE std::uint32_t max_of(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
 };
 
-// Where the numbers of a step are read from; zero, without a look, for those that are not wanted.
+// Where the numbers of a step are read from.
 template <class Place>
 struct From {
   template <class Real>
-  RNNFAST_DEVICE static Real read(const Real* from, bool wanted) {
-    return number_of_bits<Real>(load_arriving(Place{}, reinterpret_cast<const BitsOf<Real>*>(from), wanted));
+  RNNFAST_DEVICE static Real read(const Real* from) {
+    return number_of_bits<Real>(load_arriving(Place{}, reinterpret_cast<const BitsOf<Real>*>(from)));
   }
-  RNNFAST_DEVICE static uint4 read(const uint4* from, bool wanted) { return load_arriving(Place{}, from, wanted); }
+  RNNFAST_DEVICE static uint4 read(const uint4* from) { return load_arriving(Place{}, from); }
 };
 using FromGlobal = From<InGlobal>;
 using FromShared = From<InShared>;

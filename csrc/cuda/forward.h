@@ -45,6 +45,7 @@ struct Forward {
   RNNFAST_DEVICE Real initial(Index column, Index k) const { return layer.h0[column * shape.H + k]; }
 
   // What is known of a column, whatever the step.
+  static constexpr bool columns_are_simple = true;  // so that nobody need remember it
   struct Column {
     int b;
   };
@@ -70,15 +71,18 @@ struct Forward {
     layer.c_n[Index(column) * shape.H + unit] = c;
   }
 
-  // What a cell reads that nobody writes during the launch.
+  // What a cell reads that nobody writes during the launch, and where it stands.
   struct Inputs {
+    int row, b;
     Real a[gates];
   };
 
   RNNFAST_DEVICE Inputs load(int p, const Column& column, int unit) const {
     const int H = int(shape.H);
-    const Real* a = layer.a + Index(row(p, column)) * (gates * H) + unit;
     Inputs inputs;
+    inputs.row = row(p, column);
+    inputs.b = column.b;
+    const Real* a = layer.a + Index(inputs.row) * (gates * H) + unit;
     RNNFAST_UNROLL
     for (int gate = 0; gate < gates; ++gate, a += H) inputs.a[gate] = *a;
     return inputs;
@@ -86,11 +90,11 @@ struct Forward {
 
   // put(k, number) hands number k of the vector to the next step; keeps: and that is not the output already.
   template <class Put>
-  RNNFAST_DEVICE void finish(int p, const Column& column, int, int unit, const Inputs& in, const State (&sums)[gates],
-                             State& c, bool keeps, Put&& put) const {
+  RNNFAST_DEVICE void finish(int p, int, int unit, const Inputs& in, const State (&sums)[gates], State& c,
+                             bool keeps, Put&& put) const {
     using V = Number<State>;
     const int H = int(shape.H);
-    const int here = row(p, column);
+    const Index here = in.row;
     Real h;
     if constexpr (gates == 4) {
       LstmGates<V> gate{V(widen(in.a[0]) + sums[0]), V(widen(in.a[1]) + sums[1]), V(widen(in.a[2]) + sums[2]),
@@ -100,9 +104,9 @@ struct Forward {
       c = after.value;
       h = narrow<Real>(wide.value);
       put(unit, h);
-      if (layer.c) layer.c[Index(here) * H + unit] = c;
+      if (layer.c) layer.c[here * H + unit] = c;
       if (layer.gates) {
-        Real* kept = layer.gates + Index(here) * (4 * H) + unit;
+        Real* kept = layer.gates + here * (4 * H) + unit;
         kept[0] = narrow<Real>(gate.i.value);
         kept[H] = narrow<Real>(gate.f.value);
         kept[2 * H] = narrow<Real>(gate.g.value);
@@ -112,8 +116,8 @@ struct Forward {
       h = narrow<Real>(rnn_forward(shape.cell, V(widen(in.a[0]) + sums[0])).value);
       put(unit, h);
     }
-    if (keeps) layer.y[Index(here) * H + unit] = h;
-    if (p == int(shape.T) - 1) layer.h_n[Index(column.b) * H + unit] = h;
+    if (keeps) layer.y[here * H + unit] = h;
+    if (p == int(shape.T) - 1) layer.h_n[Index(in.b) * H + unit] = h;
   }
 };
 

@@ -17,18 +17,19 @@ constexpr bool is_engine(const EngineTraits& traits) {
          traits.real_bytes == int(sizeof(typename Engine::Real)) &&
          traits.state_bytes == int(sizeof(typename Engine::State));
 }
-template <Pass pass>
+template <Pass pass, int gates>
 constexpr bool engines_match() {
-  constexpr int rows = rows_side_by_side(pass);
-  return is_engine<Fma<double, rows>>(engine_traits(Format::float64, true, pass)) &&
-         is_engine<Fma<float, rows>>(engine_traits(Format::float32, true, pass)) &&
-         is_engine<Mma<float, rows>>(engine_traits(Format::tf32, true, pass)) &&
-         is_engine<Mma<Float16, rows>>(engine_traits(Format::float16, true, pass)) &&
-         is_engine<Mma<BFloat16, rows>>(engine_traits(Format::bfloat16, true, pass)) &&
-         is_engine<Fma<Float16, rows>>(engine_traits(Format::float16, false, pass)) &&
-         is_engine<Fma<BFloat16, rows>>(engine_traits(Format::bfloat16, false, pass));
+  constexpr int rows = rows_side_by_side(pass, gates);
+  return is_engine<Fma<double, rows>>(engine_traits(Format::float64, true, pass, gates)) &&
+         is_engine<Fma<float, rows>>(engine_traits(Format::float32, true, pass, gates)) &&
+         is_engine<Mma<float, rows>>(engine_traits(Format::tf32, true, pass, gates)) &&
+         is_engine<Mma<Float16, rows>>(engine_traits(Format::float16, true, pass, gates)) &&
+         is_engine<Mma<BFloat16, rows>>(engine_traits(Format::bfloat16, true, pass, gates)) &&
+         is_engine<Fma<Float16, rows>>(engine_traits(Format::float16, false, pass, gates)) &&
+         is_engine<Fma<BFloat16, rows>>(engine_traits(Format::bfloat16, false, pass, gates));
 }
-static_assert(engines_match<Pass::forward>() && engines_match<Pass::backward>());
+static_assert(engines_match<Pass::forward, 1>() && engines_match<Pass::forward, 4>() &&
+              engines_match<Pass::backward, 1>() && engines_match<Pass::backward, 4>());
 
 // "recurrence forward (local) of LSTM, T 5, B 3, H 4": what an error names.
 inline std::string describe(const Plan& plan) {
@@ -60,6 +61,7 @@ Arguments<Step> arguments_of(const Plan& plan, const typename Step::Layer* layer
   args.blocks = plan.blocks;
   args.may_be_early = plan.method != Method::steps;
   args.apart = plan.apart;
+  args.initial_rows = plan.work.pass == Pass::forward ? int(args.shape.B) : 0;
   const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
   for (int direction = 0; direction < plan.work.directions; ++direction) {
     args.layers[direction] = layers[direction];
@@ -68,12 +70,11 @@ Arguments<Step> arguments_of(const Plan& plan, const typename Step::Layer* layer
       using State = typename Step::State;
       args.carries[direction] = {reinterpret_cast<State*>(memory + scratch.carry[direction]),
                                  reinterpret_cast<State*>(memory + scratch.starts[direction])};
-    } else if (!in_shared) {
-      args.initial[direction] = reinterpret_cast<Real*>(memory + scratch.initial[direction]);
     }
-    if (!in_shared)
-      args.exchange[direction] =
-          plan.apart ? reinterpret_cast<Real*>(memory + scratch.exchange[direction]) : output(layers[direction]);
+    if (in_shared) continue;
+    args.initial[direction] = reinterpret_cast<Real*>(memory + scratch.initial[direction]);
+    args.exchange[direction] =
+        plan.apart ? reinterpret_cast<Real*>(memory + scratch.exchange[direction]) : output(layers[direction]);
   }
   return args;
 }
@@ -98,7 +99,7 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   const int directions = plan.work.directions;
 
   const Index packed = Index(plan.weights_bytes / sizeof(uint4));
-  const Index initial = args.initial[0] ? Index(plan.tiling.columns) * plan.tiling.exchange_stride : 0;
+  const Index initial = args.initial[0] ? initial_numbers(args) : 0;
   const int pack_blocks = int(((packed > initial ? packed : initial) + block_threads - 1) / block_threads);
   launch(what + ", packing", pack<Engine, Step>, {{pack_blocks, 1, directions}, block_threads, 1, 0, false},
          stream, args, packed);
@@ -126,17 +127,17 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
 // body(engine, gates): the types for a plan; gates as std::integral_constant.
 template <class Real, Pass pass, class Body>
 void with_types(const Plan& plan, Body&& body) {
-  constexpr int rows = rows_side_by_side(pass);
-  const auto with_gates = [&](auto engine) {
-    if (plan.work.shape.cell == Cell::lstm) return body(engine, std::integral_constant<int, 4>{});
-    body(engine, std::integral_constant<int, 1>{});
+  const auto with_engine = [&](auto gates) {
+    constexpr int rows = rows_side_by_side(pass, gates.value);
+    if constexpr (std::is_same<Real, double>::value) {
+      body(Fma<double, rows>{}, gates);
+    } else {
+      if (plan.engine.tensor_cores) return body(Mma<Real, rows>{}, gates);
+      body(Fma<Real, rows>{}, gates);
+    }
   };
-  if constexpr (std::is_same<Real, double>::value) {
-    with_gates(Fma<double, rows>{});
-  } else {
-    if (plan.engine.tensor_cores) return with_gates(Mma<Real, rows>{});
-    with_gates(Fma<Real, rows>{});
-  }
+  if (plan.work.shape.cell == Cell::lstm) return with_engine(std::integral_constant<int, 4>{});
+  with_engine(std::integral_constant<int, 1>{});
 }
 
 template <class Real>

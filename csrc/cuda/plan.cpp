@@ -11,8 +11,6 @@ namespace {
 constexpr double local_cycles = 150;     // from a cell to whoever reads its h
 constexpr double cluster_cycles = 450;
 constexpr double grid_cycles = 800;
-constexpr double scout_cycles = 600;         // a trip more, for a few numbers
-constexpr double early_bytes_per_cycle = 9;  // without: all that is read before it is there holds the rest up
 constexpr double launch_cycles = 8000;   // a kernel in a stream
 constexpr double l2_latency = 700, l2_bytes_per_cycle = 40;  // of one multiprocessor
 constexpr double shared_latency = 40, shared_bytes_per_cycle = 128;
@@ -56,14 +54,14 @@ double step_cycles(const Plan& plan, const Device& device, const Product& produc
   const double pass_tiles = double(ceil_div(tiling.pass_columns, engine.tile_columns));
   const Residency weights = residency(plan);
   const double tiles = double(weights.registers) + double(weights.shared) + double(weights.streamed);
-  const double bundle_turns = double(ceil_div(tiling.bundles, block_warps / tiling.k_warps));
+  const double bundle_turns = tiling.bundles;
 
   // Of one pass.
   double multiply = tiles * pass_tiles * tile_cycles(engine);
   if (!engine.tensor_cores)  // lanes fold their sums
-    multiply += double(tiling.bundles) * engine.row_tiles * tiling.k_warps * 31 * (engine.state_bytes / 4);
+    multiply += double(tiling.bundles) * engine.row_tiles * block_warps * 31 * (engine.state_bytes / 4);
   const double inputs = double(tiling.pass_columns) * double(product.terms) * engine.real_bytes * tiling.bundles;
-  const double partials = double(tiling.k_warps) * tiling.pass_columns * 2 * tiling.bundles *
+  const double partials = double(block_warps) * tiling.pass_columns * 2 * tiling.bundles *
                           engine.row_tiles * engine.tile_rows * engine.state_bytes;
   const double shared_traffic =
       double(weights.shared) * engine.tile_bytes + partials + (in_shared ? inputs : 0);
@@ -80,8 +78,6 @@ double step_cycles(const Plan& plan, const Device& device, const Product& produc
                     : plan.method == Method::cluster ? cluster_cycles
                     : plan.method == Method::grid    ? grid_cycles
                                                      : launch_cycles;
-  if (plan.method == Method::grid && passes == 1)
-    exchange += tiling.scouts ? scout_cycles : inputs / early_bytes_per_cycle;
   const double blocks = double(plan.blocks) * plan.groups * plan.work.directions;
   const double waves = double(ceil_div(Index(blocks), device.multiprocessors));
   // What the first pass wrote is there when the last one ends.
@@ -103,20 +99,19 @@ SharedLayout shared_layout(const Plan& plan) {
     return int(begin);
   };
   SharedLayout layout{};
-  layout.columns = take(Index(tiling.group_columns) * (plan.work.pass == Pass::forward ? 4 : 16));
-  layout.partials = take(Index(tiling.partial_buffers) * tiling.k_warps * tiling.pass_columns *
+  layout.columns = take(plan.work.pass == Pass::forward ? 0 : Index(tiling.group_columns) * 16);
+  layout.partials = take(Index(tiling.partial_buffers) * block_warps * tiling.pass_columns *
                          partial_stride(tiling, int(bundle_rows)) * engine.state_bytes);
   const bool has_state = plan.work.shape.cell == Cell::lstm;
   layout.states = take(has_state ? Index(tiling.group_columns) * units_of_block(plan) * engine.state_bytes : 0);
   layout.weights = take(Index(block_warps) * tiling.shared_tiles * engine.tile_bytes);
-  layout.vectors = take(has_vectors(plan) ? vector_slots * Index(tiling.group_columns) * tiling.stride * engine.real_bytes : 0);
+  layout.vectors = take(has_vectors(plan) ? (vector_slots * Index(tiling.group_columns) * tiling.stride + tiling.zeros) * engine.real_bytes : 0);
   layout.bytes = int(std::min<Index>(bytes, std::numeric_limits<int>::max()));
   return layout;
 }
 
 // The plan for `row_blocks` blocks or a few less, or false where shared memory can't hold what it must.
-bool fill_in(const Device& device, const Product& product, int row_blocks, Index group_columns,
-             int k_warps, bool scouts, Plan& plan) {
+bool fill_in(const Device& device, const Product& product, int row_blocks, Index group_columns, Plan& plan) {
   const EngineTraits& engine = plan.engine;
   Tiling& tiling = plan.tiling;
   const Index row_tiles = ceil_div(product.rows, engine.tile_rows);
@@ -132,21 +127,19 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
   tiling.pass_columns =
       int(std::min<Index>(group_columns, Index(engine.column_tiles) * engine.tile_columns));
   plan.groups = int(ceil_div(product.columns, group_columns));
-  tiling.k_warps = k_warps;
-  tiling.k_steps = int(ceil_div(ceil_div(product.terms, engine.step), k_warps));
-  const Index chunk = 16 / engine.real_bytes;
+  tiling.k_steps = int(ceil_div(ceil_div(product.terms, engine.step), block_warps));
+  const Index chunk = 16 / engine.real_bytes, each = Index(engine.step) * block_warps;
+  tiling.zeros = int(std::max<Index>(tiling.k_steps, zero_steps) * each);
   tiling.exchange_stride = int(ceil_div(product.terms, chunk) * chunk);
   plan.apart = !has_vectors(plan) && (tiling.exchange_stride != product.terms || product.whole);
   // Rows of vectors start 64 bytes apart modulo the 128 of all banks.
   tiling.stride = has_vectors(plan) ? int((aligned(product.terms * engine.real_bytes) + 64) / engine.real_bytes) : 0;
 
   tiling.register_steps = tiling.shared_tiles = 0;
-  const Index bundles = ceil_div(tiling.bundles, block_warps / k_warps);  // of a warp
   Index others = 0;  // tiles that are not in a warp's registers
-  if (plan.method != Method::steps) {
-    tiling.register_steps = std::min(tiling.k_steps, engine.resident_tiles / engine.row_tiles);
-    others = (bundles * tiling.k_steps - tiling.register_steps) * engine.row_tiles;
-  }
+  tiling.register_steps = std::min(tiling.k_steps, engine.resident_tiles / engine.row_tiles);
+  if (plan.method != Method::steps)  // which would read them once
+    others = (Index(tiling.bundles) * tiling.k_steps - tiling.register_steps) * engine.row_tiles;
   // A second buffer of partial sums is worth less than weights on the chip.
   for (tiling.partial_buffers = 2; tiling.partial_buffers > 0; --tiling.partial_buffers) {
     tiling.shared_tiles = 0;
@@ -157,10 +150,9 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
   }
   if (tiling.partial_buffers == 0) return false;
   plan.shared = shared_layout(plan);
-  plan.weights_bytes = std::size_t(Index(plan.blocks) * of_block * tiling.k_steps * k_warps *
+  plan.weights_bytes = std::size_t(Index(plan.blocks) * of_block * tiling.k_steps * block_warps *
                                    engine.tile_bytes);
-  tiling.scouts = scouts;
-  return !scouts || (plan.method == Method::grid && group_columns <= tiling.pass_columns);
+  return true;
 }
 
 bool can_run(const Device& device, const Plan& plan) {
@@ -184,23 +176,19 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
   Plan plan{};
   plan.work = work;
   plan.method = method;
-  plan.engine = engine_traits(work.format, tensor_cores, work.pass);
+  plan.engine = engine_traits(work.format, tensor_cores, work.pass, gate_count(work.shape.cell));
   const Index tiles = ceil_div(product.rows, plan.engine.tile_rows);
   const auto try_blocks = [&](Index row_blocks) {
     const Index widest = ceil_div(product.columns, plan.engine.tile_columns) * plan.engine.tile_columns;
     Index group_columns = product.whole ? widest : plan.engine.tile_columns;
     for (bool last = false; !last; group_columns *= 2) {
       last = group_columns >= widest;
-      for (int k_warps = block_warps; k_warps >= 1; k_warps /= 2) {
-        for (const bool scouts : {false, true}) {
-          if (!fill_in(device, product, int(row_blocks), std::min(group_columns, widest), k_warps, scouts, plan) ||
-              !can_run(device, plan))
-            continue;
-          plan.cycles = step_cycles(plan, device, product);
-          plan.scratch_bytes = scratch_layout(plan).bytes;
-          use(plan);
-        }
-      }
+      if (!fill_in(device, product, int(row_blocks), std::min(group_columns, widest), plan) ||
+          !can_run(device, plan))
+        continue;
+      plan.cycles = step_cycles(plan, device, product);
+      plan.scratch_bytes = scratch_layout(plan).bytes;
+      use(plan);
     }
   };
   if (method == Method::local) {
@@ -243,18 +231,10 @@ void check(const Device& device, const Work& work) {
 Residency residency(const Plan& plan) {
   const Tiling& tiling = plan.tiling;
   const Index row_tiles = plan.engine.row_tiles;
-  const int turns = block_warps / tiling.k_warps;  // bundles that are multiplied side by side
-  Residency of_block{};
-  for (int first = 0; first < std::min(turns, tiling.bundles); ++first) {
-    const Index bundles = ceil_div(tiling.bundles - first, turns);  // of each of k_warps warps
-    const Index registers = tiling.register_steps * row_tiles;
-    const Index others = bundles * tiling.k_steps * row_tiles - registers;
-    const Index shared = std::min<Index>(tiling.shared_tiles, others);
-    of_block.registers += tiling.k_warps * registers;
-    of_block.shared += tiling.k_warps * shared;
-    of_block.streamed += tiling.k_warps * (others - shared);
-  }
-  return of_block;
+  const Index registers = tiling.register_steps * row_tiles;  // of a warp
+  const Index others = tiling.bundles * tiling.k_steps * row_tiles - registers;
+  const Index shared = std::min<Index>(tiling.shared_tiles, others);
+  return {block_warps * registers, block_warps * shared, block_warps * (others - shared)};
 }
 
 Plan plan_recurrence(const Device& device, const Work& work, Method method) {
@@ -308,9 +288,10 @@ Scratch scratch_layout(const Plan& plan) {
   if (plan.work.pass == Pass::backward) {
     take(scratch.carry, shape.cell == Cell::lstm ? columns * shape.H * engine.state_bytes : 0);
     take(scratch.starts, columns * shape.H * engine.state_bytes);
-  } else if (!has_vectors(plan)) {
-    take(scratch.initial, shape.B * vector_bytes);
   }
+  if (!has_vectors(plan))
+    take(scratch.initial, (plan.work.pass == Pass::forward ? shape.B : 0) * vector_bytes +
+                              Index(plan.tiling.zeros) * engine.real_bytes);
   scratch.exchange_rows = std::size_t(overlap(plan.work) ? 2 * columns : shape.T * shape.B);
   if (plan.apart) take(scratch.exchange, Index(scratch.exchange_rows) * vector_bytes);
   return scratch;

@@ -44,11 +44,11 @@ struct EngineTraits {
   int real_bytes, state_bytes;
 };
 
-// Forward there are many rows and few terms, backward the reverse: that many tiles of rows go side by side.
-constexpr int rows_side_by_side(Pass pass) { return pass == Pass::forward ? 2 : 1; }
+// An LSTM has many rows and few terms forward, all else fewer rows: that many tiles of rows go side by side.
+constexpr int rows_side_by_side(Pass pass, Index gates) { return pass == Pass::forward && gates == 4 ? 2 : 1; }
 
-constexpr EngineTraits engine_traits(Format format, bool tensor_cores, Pass pass) {
-  const int rows = rows_side_by_side(pass);
+constexpr EngineTraits engine_traits(Format format, bool tensor_cores, Pass pass, Index gates) {
+  const int rows = rows_side_by_side(pass, gates);
   switch (format) {
     case Format::float64: return {false, 4, 8, 32, 1024, 1, 4, 1, 8, 8};
     case Format::float32: return {false, 4, 8, 32, 512, 1, 8, rows, 4, 4};
@@ -67,18 +67,20 @@ struct Tiling {
   int group_columns;     // of a group
   int pass_columns;      // multiplied between two barriers
   int bundles;           // in a block
-  int k_warps;           // warps that share the terms; the block's others take other bundles
-  int k_steps;           // steps over k of one warp
+  int k_steps;           // steps over k of one warp: the block's warps share the terms
   int register_steps;    // of these, for a warp's first bundle, with weights in registers
   int shared_tiles;      // of weights, for a warp, in shared memory
   int exchange_stride;   // numbers of a vector, with zeros at its end up to whole 16 bytes
+  int zeros;             // numbers of a vector of zeros that stands in for what is not there
   int stride;            // numbers from one column to the next in shared memory (local, cluster)
   int partial_buffers;   // 2 in turn save a barrier
-  bool scouts;           // a few numbers are waited for before all are read
 };
 
 // In shared memory (local, cluster) the vectors of three steps take turns: see exchange.h.
 constexpr int vector_slots = 3;
+
+// Steps over k that are read together, at most (engine.h).
+constexpr int zero_steps = 8;
 
 // A block's shared memory: where what begins, in bytes. The kernel says what these are (recurrence.h).
 struct SharedLayout {
@@ -140,7 +142,7 @@ struct Scratch {
   std::size_t weights[2];  // packed
   std::size_t carry[2];    // backward (columns, H) State: dc on its way to the step before
   std::size_t starts[2];   // backward (columns that reach the initial state, H) State: their dh0
-  std::size_t initial[2];  // forward, grid and steps: (B, exchange_stride) Real: h0
+  std::size_t initial[2];  // grid and steps: (B or 0, exchange_stride) Real: h0, and a vector of zeros
   std::size_t exchange[2]; // grid and steps: (rows, exchange_stride) Real: what goes round, if the output can't be it
   std::size_t exchange_rows;  // T * B; where windows overlap 2 * columns
   std::size_t bytes;

@@ -90,19 +90,16 @@ RNNFAST_DEVICE std::uint32_t shared_address(const void* shared) {
   return std::uint32_t(__cvta_generic_to_shared(shared));
 }
 
-// Zeros unless `wanted`: as one instruction that may do nothing, where C++ would make a branch of it.
-RNNFAST_DEVICE uint4 load_arriving(InGlobal, const uint4* from, bool wanted) {
-  uint4 v{0, 0, 0, 0};
-  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\t"
-               "@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(from), "r"(int(wanted)) : "memory");
+RNNFAST_DEVICE uint4 load_arriving(InGlobal, const uint4* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
   return v;
 }
-RNNFAST_DEVICE uint4 load_arriving(InShared, const uint4* from, bool wanted) {
-  uint4 v{0, 0, 0, 0};
-  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %5, 0;\n\t"
-               "@p ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "r"(shared_address(from)), "r"(int(wanted)) : "memory");
+RNNFAST_DEVICE uint4 load_arriving(InShared, const uint4* from) {
+  uint4 v;
+  asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(from)) : "memory");
   return v;
 }
 RNNFAST_DEVICE void publish(InShared, uint4* to, const uint4& v) {
@@ -125,16 +122,14 @@ RNNFAST_DEVICE void publish(InShared, uint4* to, const uint4& v) {
   }
 #endif
 #define RNNFAST_WORD(word, letter, ptx)                                                                      \
-  RNNFAST_DEVICE word load_arriving(InGlobal, const word* from, bool wanted) {                               \
-    word value = 0;                                                                                          \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\t@p ld.relaxed.gpu.global." ptx " %0, [%1];\n\t}" \
-                 : "+" letter(value) : "l"(from), "r"(int(wanted)) : "memory");                              \
+  RNNFAST_DEVICE word load_arriving(InGlobal, const word* from) {                                            \
+    word value;                                                                                              \
+    asm volatile("ld.relaxed.gpu.global." ptx " %0, [%1];" : "=" letter(value) : "l"(from) : "memory");      \
     return value;                                                                                            \
   }                                                                                                          \
-  RNNFAST_DEVICE word load_arriving(InShared, const word* from, bool wanted) {                               \
-    word value = 0;                                                                                          \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %2, 0;\n\t@p ld.volatile.shared." ptx " %0, [%1];\n\t}" \
-                 : "+" letter(value) : "r"(shared_address(from)), "r"(int(wanted)) : "memory");              \
+  RNNFAST_DEVICE word load_arriving(InShared, const word* from) {                                            \
+    word value;                                                                                              \
+    asm volatile("ld.volatile.shared." ptx " %0, [%1];" : "=" letter(value) : "r"(shared_address(from)) : "memory"); \
     return value;                                                                                            \
   }                                                                                                          \
   RNNFAST_DEVICE void publish(InGlobal, word* to, word value) {                                              \

@@ -34,7 +34,7 @@ inline void pass_by_a_barrier(bool all_come) {
 // All lanes of a warp wait together, as the kernels do.
 inline void wait_for_a_number(std::uint32_t* number, bool is_published) {
   if (block_index().x == 0) {
-    while (any_lane_waits(load_arriving(InGlobal{}, number, true) == 0)) relax();
+    while (any_lane_waits(load_arriving(InGlobal{}, number) == 0)) relax();
   } else if (is_published) {
     publish(InGlobal{}, number, 1u);
   }

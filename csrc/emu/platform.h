@@ -58,14 +58,14 @@ struct InGlobal {};
 struct InShared {};
 
 template <class Word>
-Word load_arriving(InGlobal, const Word* from, bool wanted) {
-  return wanted ? *from : Word{};
+Word load_arriving(InGlobal, const Word* from) {
+  return *from;
 }
 
 template <class Word>
-Word load_arriving(InShared, const Word* from, bool wanted) {
-  if (wanted) emu::check_bounds(from, sizeof(Word));
-  return wanted ? *from : Word{};
+Word load_arriving(InShared, const Word* from) {
+  emu::check_bounds(from, sizeof(Word));
+  return *from;
 }
 
 template <class Word>

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
+import statistics
+from pathlib import Path
 
 import pytest
 from emulated import DEVICE, device, native
+
+ROOT = Path(__file__).parents[1]
 
 METHODS = ("local", "cluster", "grid", "steps")
 FORMATS = ("float32", "tf32", "float64", "float16", "bfloat16")
@@ -27,8 +32,7 @@ def check(chosen, T, B, H, backward, cell, directions, properties):
     assert chosen["groups"] * chosen["group_columns"] >= chosen["columns"]
     assert (chosen["groups"] - 1) * chosen["group_columns"] < chosen["columns"]
     step = {True: 16 if chosen["format"] == "tf32" else 32, False: 32}[chosen["tensor_cores"]]
-    assert chosen["k_steps"] * chosen["k_warps"] * step >= terms
-    assert 8 % chosen["k_warps"] == 0
+    assert chosen["k_steps"] * 8 * step >= terms
     parts = [chosen[f"{place}_weight_bytes"] for place in ("register", "shared", "streamed")]
     assert min(parts) >= 0
     assert chosen["blocks"] * sum(parts) == chosen["weights_bytes"]
@@ -44,7 +48,7 @@ def check(chosen, T, B, H, backward, cell, directions, properties):
         resident = chosen["blocks"] * chosen["groups"] * directions
         assert resident <= properties["multiprocessors"]
     if chosen["method"] == "steps":
-        assert chosen["register_steps"] == chosen["shared_tiles"] == 0
+        assert chosen["shared_tiles"] == 0
     assert 0 < chosen["cycles"] < float("inf")
 
 
@@ -82,20 +86,37 @@ def test_what_every_plan_keeps_to(number, properties):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_can_be_forced(method):
-    assert plan(10, 8, 256, method=method)["method"] == method
+    assert plan(10, 8, 64, method=method)["method"] == method
 
 
-def test_small_layers_need_no_grid():
-    for B, backward in itertools.product((1, 16, 256), (False, True)):
-        assert plan(128, B, 64, backward=backward)["method"] == "local"
+def test_choices_are_near_the_best_that_was_timed():
+    """On an H200, in docs/cuda_plans.json: 2 % are lost on average, 27 % at most."""
+    rows = json.loads((ROOT / "docs" / "cuda_plans.json").read_text())["rows"]
+    timed = {}
+    for *problem, method, blocks, columns, us in rows:
+        timed.setdefault(tuple(problem), {})[method, blocks, columns] = us
+    ratios = []
+    for (number, cell, which, H, B), times in timed.items():
+        backward = which == "backward"
+        estimates = {}
+        for method in {method for method, *_ in times}:
+            sizes = (160, B, H, 160, 160, 1, method)
+            for found in native.plans(device(largest_cluster=16), backward, cell, number, *sizes):
+                about = found.as_dict()
+                key = method, about["blocks"], about["group_columns"]
+                if key in times:
+                    estimates[key] = about["cycles"]
+        assert estimates.keys() == times.keys()
+        ratios.append(times[min(estimates, key=estimates.get)] / min(times.values()))
+    assert len(ratios) > 200
+    assert statistics.fmean(ratios) < 1.03
+    assert max(ratios) < 1.35
 
 
 def test_large_layers_take_the_grid_with_all_weights_on_chip():
     chosen = plan(1024, 16, 768)
     assert chosen["method"] == "grid"
-    warps_with_work = chosen["bundles"] * chosen["k_warps"] / 8
-    in_shared = chosen["shared_tiles"] + chosen["register_steps"] * chosen["row_tiles"]
-    assert in_shared >= warps_with_work * chosen["k_steps"] * chosen["row_tiles"]
+    assert chosen["streamed_weight_bytes"] == 0
 
 
 def test_what_could_not_be_resident_falls_back_to_steps():

@@ -68,6 +68,7 @@ inline py::dict as_dict(const Plan& plan) {
   const Tiling& tiling = plan.tiling;
   const Residency weights = residency(plan);
   const Index tile_bytes = plan.engine.tile_bytes;
+  const Counts& counts = plan.counts;
   return py::dict(
       "method"_a = name(plan.method), "format"_a = name(plan.work.format), "tensor_cores"_a = plan.engine.tensor_cores,
       "directions"_a = plan.work.directions, "blocks"_a = plan.blocks, "groups"_a = plan.groups,
@@ -81,6 +82,10 @@ inline py::dict as_dict(const Plan& plan) {
       "shared_weight_bytes"_a = weights.shared * tile_bytes,
       "streamed_weight_bytes"_a = weights.streamed * tile_bytes, "weights_bytes"_a = plan.weights_bytes,
       "shared_bytes"_a = plan.shared.bytes, "partial_buffers"_a = tiling.partial_buffers, "scratch_bytes"_a = plan.scratch_bytes,
+      "counts"_a = py::dict("items"_a = counts.items, "trips"_a = counts.trips, "tiles"_a = counts.tiles,
+                            "input_bytes"_a = counts.input_bytes, "streamed_bytes"_a = counts.streamed_bytes,
+                            "partial_bytes"_a = counts.partial_bytes, "cells"_a = counts.cells,
+                            "pushes"_a = counts.pushes),
       "cycles"_a = plan.cycles, "reason"_a = plan.reason);
 }
 

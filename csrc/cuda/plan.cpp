@@ -7,15 +7,26 @@
 namespace rnnfast::cuda {
 namespace {
 
-// Cycles of an H200 (1.98 GHz).
-constexpr double local_cycles = 150;     // from a cell to whoever reads its h
-constexpr double cluster_cycles = 450;
-constexpr double grid_cycles = 800;
-constexpr double launch_cycles = 8000;   // a kernel in a stream
-constexpr double l2_latency = 700, l2_bytes_per_cycle = 40;  // of one multiprocessor
-constexpr double shared_latency = 40, shared_bytes_per_cycle = 128;
-constexpr double item_cycles = 250;  // a barrier, partial sums through shared memory
-constexpr double cell_cycles = 350;  // of as many cells as a block has threads
+// What a step's work costs, in cycles of an H200: fitted by benchmarks/gpu_plans.py to the times of 1,608 plans
+// in docs/cuda_plans.json. Half of those on tensor cores lie within 10 % of the estimate, nine in ten within 28 %.
+struct Costs {
+  double item;           // that stands between two barriers
+  double trip;           // a wait for inputs that were loaded together
+  double tile;           // of weights by one of columns, in any of the block's warps
+  double input_byte;     // of vectors, through L2
+  double streamed_byte;  // of weights, from L2
+  double partial_byte;   // of partial sums, through shared memory
+  double cell;           // of a thread, on the way to which others wait
+  double push;           // of a thread, to a peer's shared memory
+};
+
+constexpr Costs tensor_core_costs{861, 619, 3.85, 0.0249, 0.0385, 0.0158, 1070, 49.1};
+constexpr Costs fma_costs{448, 1010, 14.4, 0, 0.102, 0.286, 670, 42.4};
+constexpr Costs double_costs{2560, 707, 0, 0, 0.0362, 0.221, 0, 28.3};
+
+constexpr double launch_cycles = 8000;  // a kernel in a stream: published, not measured
+// A cluster lies within one of the processor's own clusters, which leaves some multiprocessors over.
+constexpr double clustered = 0.85;
 
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
@@ -35,57 +46,58 @@ Product product_of(const Work& work) {
   return {shape.H, G * shape.H, windows * shape.B, overlap(work)};
 }
 
-// Cycles of one tile of weights by one tile of columns, of a whole multiprocessor.
-double tile_cycles(const EngineTraits& engine) {
-  if (engine.tensor_cores) return 4;  // two warp-level instructions, half of what wgmma could do
-  return engine.state_bytes == 8 ? 16 : 8;
-}
-
 Index units_of_block(const Plan& plan) {
   const Index rows = Index(plan.tiling.bundles) * plan.engine.row_tiles * plan.engine.tile_rows;
   return plan.work.pass == Pass::forward ? rows / gate_count(plan.work.shape.cell) : rows;
 }
 
-double step_cycles(const Plan& plan, const Device& device, const Product& product) {
+bool has_vectors(const Plan& plan) { return plan.method == Method::local || plan.method == Method::cluster; }
+
+Counts counts_of(const Plan& plan, const Product& product) {
   const Tiling& tiling = plan.tiling;
   const EngineTraits& engine = plan.engine;
-  const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
   const double passes = double(ceil_div(tiling.group_columns, tiling.pass_columns));
-  const double pass_tiles = double(ceil_div(tiling.pass_columns, engine.tile_columns));
+  const Index column_tiles = ceil_div(tiling.pass_columns, engine.tile_columns);
+  const Index rows = Index(tiling.bundles) * engine.row_tiles * engine.tile_rows;
   const Residency weights = residency(plan);
-  const double tiles = double(weights.registers) + double(weights.shared) + double(weights.streamed);
-  const double bundle_turns = tiling.bundles;
-
-  // Of one pass.
-  double multiply = tiles * pass_tiles * tile_cycles(engine);
-  if (!engine.tensor_cores)  // lanes fold their sums
-    multiply += double(tiling.bundles) * engine.row_tiles * block_warps * 31 * (engine.state_bytes / 4);
-  const double inputs = double(tiling.pass_columns) * double(product.terms) * engine.real_bytes * tiling.bundles;
-  const double partials = double(block_warps) * tiling.pass_columns * 2 * tiling.bundles *
-                          engine.row_tiles * engine.tile_rows * engine.state_bytes;
-  const double shared_traffic =
-      double(weights.shared) * engine.tile_bytes + partials + (in_shared ? inputs : 0);
-  const double l2_traffic = double(weights.streamed) * engine.tile_bytes + (in_shared ? 0 : inputs);
-  const double trips = bundle_turns * double(ceil_div(tiling.k_steps, 4));
-  const double waits = trips * (in_shared && weights.streamed == 0 ? shared_latency : l2_latency);
-  const double pass_cells = double(units_of_block(plan)) * tiling.pass_columns;
-  const double cells = double(ceil_div(Index(pass_cells), block_threads)) * cell_cycles;
-  const double pass = std::max({multiply, shared_traffic / shared_bytes_per_cycle,
-                                l2_traffic / l2_bytes_per_cycle, waits}) +
-                      item_cycles + cells;
-
-  double exchange = plan.method == Method::local     ? local_cycles
-                    : plan.method == Method::cluster ? cluster_cycles
-                    : plan.method == Method::grid    ? grid_cycles
-                                                     : launch_cycles;
-  const double blocks = double(plan.blocks) * plan.groups * plan.work.directions;
-  const double waves = double(ceil_div(Index(blocks), device.multiprocessors));
-  // What the first pass wrote is there when the last one ends.
-  const double hidden = plan.method == Method::steps ? 0 : (passes - 1) * pass;
-  return waves * (passes * pass + std::max(0.0, exchange - hidden));
+  const Index units = units_of_block(plan), at_once = block_threads / units;
+  const double cells = passes * double(ceil_div(tiling.pass_columns, at_once));
+  Counts counts{};
+  counts.items = passes;
+  counts.trips = passes * double(tiling.bundles * ceil_div(tiling.k_steps, engine.inputs_ahead / column_tiles));
+  counts.tiles = passes * double((weights.registers + weights.shared + weights.streamed) * column_tiles);
+  if (!has_vectors(plan))
+    counts.input_bytes = passes * double(tiling.pass_columns * product.terms * engine.real_bytes * tiling.bundles);
+  const Index streamed = weights.streamed + (plan.method == Method::steps ? weights.registers : 0);
+  counts.streamed_bytes = passes * double(streamed * engine.tile_bytes);
+  counts.partial_bytes = passes * double(2 * block_warps * tiling.pass_columns * rows * engine.state_bytes);
+  counts.cells = cells;
+  if (plan.method == Method::cluster) {
+    const Index handed_on = plan.work.pass == Pass::forward ? 1 : gate_count(plan.work.shape.cell);
+    counts.pushes = cells * double(handed_on * plan.blocks);
+  }
+  return counts;
 }
 
-bool has_vectors(const Plan& plan) { return plan.method == Method::local || plan.method == Method::cluster; }
+// Blocks that run one after the other on a multiprocessor, or have a share of it.
+double waves(const Plan& plan, const Device& device) {
+  const Index groups = Index(plan.groups) * plan.work.directions;
+  if (plan.method != Method::cluster) return double(ceil_div(groups * plan.blocks, device.multiprocessors));
+  const Index clusters = Index(clustered * device.multiprocessors / plan.blocks);
+  return double(ceil_div(groups, std::max<Index>(1, clusters)));
+}
+
+double step_cycles(const Plan& plan, const Device& device) {
+  const Costs& costs = plan.engine.tensor_cores ? tensor_core_costs
+                       : plan.engine.state_bytes == 8 ? double_costs
+                                                      : fma_costs;
+  const Counts counts = plan.counts;
+  const double cycles = counts.items * costs.item + counts.trips * costs.trip + counts.tiles * costs.tile +
+                        counts.input_bytes * costs.input_byte + counts.streamed_bytes * costs.streamed_byte +
+                        counts.partial_bytes * costs.partial_byte + counts.cells * costs.cell +
+                        counts.pushes * costs.push;
+  return waves(plan, device) * cycles + (plan.method == Method::steps ? launch_cycles : 0);
+}
 
 // Where everything but the weights begins; these come next, then the vectors.
 SharedLayout shared_layout(const Plan& plan) {
@@ -186,7 +198,8 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
       if (!fill_in(device, product, int(row_blocks), std::min(group_columns, widest), plan) ||
           !can_run(device, plan))
         continue;
-      plan.cycles = step_cycles(plan, device, product);
+      plan.counts = counts_of(plan, product);
+      plan.cycles = step_cycles(plan, device);
       plan.scratch_bytes = scratch_layout(plan).bytes;
       use(plan);
     }

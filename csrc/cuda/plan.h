@@ -40,6 +40,7 @@ struct EngineTraits {
   int tile_bytes;      // of packed weights: tile_rows x step of them
   int column_tiles;    // that a warp multiplies at once
   int resident_tiles;  // of weights in a warp's registers
+  int inputs_ahead;    // tiles' inputs that a warp loads together
   int row_tiles;       // side by side
   int real_bytes, state_bytes;
 };
@@ -50,13 +51,13 @@ constexpr int rows_side_by_side(Pass pass, Index gates) { return pass == Pass::f
 constexpr EngineTraits engine_traits(Format format, bool tensor_cores, Pass pass, Index gates) {
   const int rows = rows_side_by_side(pass, gates);
   switch (format) {
-    case Format::float64: return {false, 4, 8, 32, 1024, 1, 4, 1, 8, 8};
-    case Format::float32: return {false, 4, 8, 32, 512, 1, 8, rows, 4, 4};
-    case Format::tf32: return {true, 16, 8, 16, 1024, 2, 8, rows, 4, 4};
+    case Format::float64: return {false, 4, 8, 32, 1024, 1, 4, 1, 1, 8, 8};
+    case Format::float32: return {false, 4, 8, 32, 512, 1, 8, 4, rows, 4, 4};
+    case Format::tf32: return {true, 16, 8, 16, 1024, 2, 8, 8, rows, 4, 4};
     default: break;
   }
-  if (tensor_cores) return {true, 16, 8, 32, 1024, 2, 8, rows, 2, 4};
-  return {false, 4, 8, 32, 512, 1, 8, rows, 2, 4};
+  if (tensor_cores) return {true, 16, 8, 32, 1024, 2, 8, 8, rows, 2, 4};
+  return {false, 4, 8, 32, 512, 1, 8, 4, rows, 2, 4};
 }
 
 // How a launch is cut up: what the kernel needs to know. A warp multiplies a bundle of `row_tiles` tiles of
@@ -87,6 +88,11 @@ struct SharedLayout {
   int columns, partials, states, weights, vectors, bytes;
 };
 
+// How much of what a step has to do in one block: what its estimate is made of (plan.cpp).
+struct Counts {
+  double items, trips, tiles, input_bytes, streamed_bytes, partial_bytes, cells, pushes;
+};
+
 struct Plan {
   Work work;
   Method method;
@@ -98,6 +104,7 @@ struct Plan {
   SharedLayout shared;
   std::size_t weights_bytes;  // packed, for each direction
   std::size_t scratch_bytes;  // all the memory a call needs, packed weights included
+  Counts counts;
   double cycles;              // estimated, for a step
   std::string reason;         // why the fallback was taken; else empty
 };

@@ -38,13 +38,12 @@ class CudaPlan:
         columns: batch rows; backward those of all truncation windows.
         group_columns, pass_columns: columns of a group, and of them those multiplied at once.
         block_rows: rows of weights of a block.
-        k_warps: warps that share the terms of a sum.
         tile: rows, columns and terms of what a warp multiplies in a step over the terms.
         register_weight_bytes, shared_weight_bytes, streamed_weight_bytes: a block's weights that
             stay in registers or shared memory, or come from the L2 cache in every step.
         shared_bytes: all the shared memory of a block.
         scratch_bytes: device memory of the call, packed weights included.
-        cycles: of a step, as the planner estimates them from figures that were not measured.
+        cycles: of a step, as the planner estimates them from the times of plans on an H200.
     """
 
     name: str
@@ -66,7 +65,6 @@ class CudaPlan:
     group_columns: int
     pass_columns: int
     block_rows: int
-    k_warps: int
     tile: tuple[int, int, int]
     register_weight_bytes: int
     shared_weight_bytes: int
@@ -98,8 +96,7 @@ class CudaPlan:
                 f"H {self.H}, {numbers}",
                 f"  {self.method}, {launches}; {groups}; a block has {self.block_rows} rows of "
                 f"weights and {self.group_columns} of {self.columns} columns{passes}",
-                f"  tiles of {rows} rows x {columns} columns x {terms} terms; "
-                f"{_count(self.k_warps, 'warp')} share the terms",
+                f"  tiles of {rows} rows x {columns} columns x {terms} terms",
                 f"  a block's weights: {', '.join(places)}",
                 f"  shared memory {size(self.shared_bytes)} a block, scratch "
                 f"{size(self.scratch_bytes)}; about {self.cycles:.0f} cycles a step",
@@ -166,7 +163,7 @@ def layer_plans(
 
 _AS_THEY_ARE = (
     *("method", "reason", "directions", "groups", "blocks", "columns", "group_columns"),
-    *("pass_columns", "k_warps", "register_weight_bytes", "shared_weight_bytes"),
+    *("pass_columns", "register_weight_bytes", "shared_weight_bytes"),
     *("streamed_weight_bytes", "shared_bytes", "scratch_bytes", "cycles"),
 )
 

@@ -22,13 +22,12 @@ from torch._C import (
 from torch.autograd import forward_ad, profiler
 
 from . import cpu, ops
-from .cpu import GATES, Sizes
+from ._native import accumulator, core
+from .cpu import GATES
 from .halved import is_wished
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # y, h_n, c_n, c; RNNs have no c
-# What x.shape says of a call: T, B, and the axes of a state before its last.
-Axes = Callable[[torch.Size], tuple[int, int, tuple[int, ...]]]
 
 
 # Where the short way is open
@@ -48,106 +47,14 @@ def _watched() -> bool:
 
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-_DTYPES = frozenset({torch.float32, torch.float64})
-
-
-def _plain(tensor: object, dtype: torch.dtype) -> bool:
-    """Whether data_ptr() leads to a CPU tensor's very elements, of this dtype.
-
-    RuntimeError from a tensor that has no storage, such as a sparse one. A lazy negation
-    (z.conj().imag) and lazy zeros are not there to be read; nor are the elements of an empty
-    tensor.
-    """
-    return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.dtype is dtype
-        and tensor.is_cpu
-        and not tensor.is_neg()
-        and tensor.data_ptr() != 0
-    )
-
-
-class _Unusual(Exception):
-    """The arguments are for the general way to handle, or to refuse."""
-
-
-def _of_layer(shape: torch.Size) -> tuple[int, int, tuple[int, ...]]:
-    T, B, _ = shape
-    return T, B, (B,)
-
-
-def _of_sequence(shape: torch.Size) -> tuple[int, int, tuple[int, ...]]:
-    if len(shape) == 2:
-        return shape[0], 1, (1,)
-    T, B, _ = shape
-    return T, B, (1, B)
-
-
-def _of_cell(shape: torch.Size) -> tuple[int, int, tuple[int, ...]]:
-    if len(shape) == 1:
-        return 1, 1, ()
-    B, _ = shape
-    return 1, B, (B,)
-
-
-def _examine(
-    cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Weights, axes: Axes
-) -> tuple[Sizes, Tensor, Tensor | None, bool]:
-    """(T, B, I, H), h0, c0, and whether a gradient may be asked for.
-
-    Raises _Unusual, ValueError or RuntimeError unless every tensor is plain and fits the others.
-    """
-    if type(x) not in _PLAIN_TYPES or x.dtype not in _DTYPES or _watched():
-        raise _Unusual
-    if states is None:
-        given = (x, *weights)
-    elif type(states) in (tuple, list):
-        given = (x, *states, *weights)
-    else:
-        raise _Unusual
-    dtype = x.dtype
-    needs_grad = False
-    recording = torch.is_grad_enabled()
-    for tensor in given:
-        if tensor is not None:
-            if not _plain(tensor, dtype):
-                raise _Unusual
-            if recording and tensor.requires_grad:
-                needs_grad = True
-
-    shape = x.shape
-    T, B, lead = axes(shape)
-    I = shape[-1]
-    w_ih, w_hh, b_ih, b_hh = weights
-    rows, H = w_hh.shape
-    state_shape = (*lead, H)
-    lstm = cell == "lstm"
-    if states is None:
-        h0 = x.new_zeros(*state_shape)
-        c0 = h0 if lstm else None
-    elif lstm:
-        h0, c0 = states
-    else:
-        (h0,), c0 = states, None
-    if (
-        rows != GATES[cell] * H
-        or w_ih.shape != (rows, I)
-        or (b_ih is not None and b_ih.shape != (rows,))
-        or (b_hh is not None and b_hh.shape != (rows,))
-        or h0 is None
-        or h0.shape != state_shape
-        or (lstm and (c0 is None or c0.shape != state_shape))
-    ):
-        raise _Unusual
-    return (T, B, I, H), h0, c0, needs_grad
 
 
 def _run(
+    way: Callable[..., tuple | None],
     cell: str,
     x: Tensor,
     states: Sequence[Tensor] | None,
     weights: Weights,
-    axes: Axes,
     reverse: bool = False,
     k1: int = 0,
     k2: int = 0,
@@ -156,19 +63,25 @@ def _run(
 ) -> Results | None:
     """One layer in one direction; None if the call has to go the general way.
 
-    keep: what an LSTM keeps if a gradient may be asked for. cells: c is wanted even if none may.
+    way: the function of the core that knows the axes of x and states. keep: what an LSTM keeps if
+    a gradient may be asked for. cells: c is wanted even if none may.
     """
-    try:
-        sizes, h0, c0, needs_grad = _examine(cell, x, states, weights, axes)
-    except (_Unusual, ValueError, RuntimeError):
+    if _watched():
         return None
-    if needs_grad:
-        if keep == "nothing":
-            return None  # the operator refuses when the gradient is asked for
-        k1, k2 = ops.window(sizes[0], k1, k2)
-        return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
-    keep = "cells" if cells else "nothing"
-    return cpu.forward(cell, sizes, reverse, keep, x, h0, c0, *weights, is_wished())[:4]
+    found = way(
+        *(cell, x, states, *weights, reverse, "cells" if cells else "nothing"),
+        *(is_wished(), torch.is_grad_enabled()),
+    )
+    if found is None or found[0] is not None:
+        return found
+    if keep == "nothing":
+        return None  # the operator refuses when the gradient is asked for
+    _, sizes, h0, c0 = found
+    k1, k2 = ops.window(sizes[0], k1, k2)
+    y, h_n, c_n, c = _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
+    if way is not core.run_layer and c_n is not None:
+        c_n = c_n.to(x.dtype)
+    return y, h_n, c_n, c
 
 
 # For the functional layer, which goes its own general way where these give None
@@ -196,7 +109,7 @@ def sequence(
         return None
     swap = batch_first and type(x) in _PLAIN_TYPES and x.dim() == 3
     steps = x.transpose(0, 1) if swap else x
-    results = _run(cell, steps, states, (w_ih, w_hh, b_ih, b_hh), _of_sequence, keep=keep)
+    results = _run(core.run_sequence, cell, steps, states, (w_ih, w_hh, b_ih, b_hh), keep=keep)
     if swap and results is not None:
         return results[0].transpose(0, 1), *results[1:]
     return results
@@ -206,7 +119,7 @@ def step(cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Weights
     """One step: x (B, I) or (I,), states (B, H) or (H,), None for zeros; both biases or none."""
     if (weights[2] is None) != (weights[3] is None):
         return None
-    return _run(cell, x, states, weights, _of_cell)
+    return _run(core.run_step, cell, x, states, weights)
 
 
 # For stacks: the operators' signatures
@@ -216,7 +129,7 @@ def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
     """y, h_n, c_n and, unless `keep` is "nothing", c: as ops.lstm_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
     options = (reverse, k1, k2, keep, keep != "nothing")
-    results = _run("lstm", x, (h0, c0), weights, _of_layer, *options)
+    results = _run(core.run_layer, "lstm", x, (h0, c0), weights, *options)
     if results is None:
         return ops.lstm_layer(x, h0, c0, *weights, reverse, k1, k2, keep)[:4]
     return results
@@ -225,7 +138,7 @@ def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
 def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
     """y and h_n: as ops.rnn_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
-    results = _run(nonlinearity, x, (h0,), weights, _of_layer, reverse, k1, k2)
+    results = _run(core.run_layer, nonlinearity, x, (h0,), weights, reverse, k1, k2)
     if results is None:
         return ops.rnn_layer(x, h0, *weights, nonlinearity, reverse, k1, k2)
     return results[:2]
@@ -266,6 +179,22 @@ class RnnfastLayer(torch.autograd.Function):
 _apply = super(torch.autograd.Function, RnnfastLayer).apply
 
 
+def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether data_ptr() leads to a CPU tensor's very elements, of this dtype.
+
+    RuntimeError from a tensor that has no storage, such as a sparse one. A lazy negation
+    (z.conj().imag) and lazy zeros are not there to be read; nor are the elements of an empty
+    tensor.
+    """
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0
+    )
+
+
 def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     """Whether the core may compute these gradients.
 
@@ -275,14 +204,18 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     if torch.is_grad_enabled() or _watched():
         return False
     cell, (T, B, I, H), *_ = ctx.call
-    state, y, c, rows = ctx.state_shape, (*ctx.x_shape[:-1], H), (T, B, H), GATES[cell] * H
     dtype = saved[0].dtype
-    shapes = (y, state, state, c)
-    shapes += (ctx.x_shape, state, state, (rows, I), (rows, H), (rows,), (rows,))
-    shapes += (y, c, (T, B, 4, H))
+    of_cell = accumulator(dtype)
+    y, state, c, rows = (*ctx.x_shape[:-1], H), ctx.state_shape, (T, B, H), GATES[cell] * H
+    expected = (  # upstream, then saved
+        *((y, dtype), (state, dtype), (state, of_cell), (c, of_cell)),
+        *((ctx.x_shape, dtype), (state, dtype), (state, of_cell)),
+        *(((rows, I), dtype), ((rows, H), dtype), ((rows,), dtype), ((rows,), dtype)),
+        *((y, dtype), (c, of_cell), ((T, B, 4, H), of_cell)),
+    )
     try:
-        for tensor, shape in zip((*upstream, *saved), shapes, strict=True):
-            if tensor is not None and not (_plain(tensor, dtype) and tensor.shape == shape):
+        for tensor, (shape, number) in zip((*upstream, *saved), expected, strict=True):
+            if tensor is not None and not (_plain(tensor, number) and tensor.shape == shape):
                 return False
     except RuntimeError:
         return False

@@ -1,0 +1,271 @@
+#include "layer.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string_view>
+
+#include "../check.h"
+#include "../cpu/kernels.h"
+#include "names.h"
+#include "tensor.h"
+
+namespace rnnfast::python {
+namespace {
+
+struct Layer {
+  LayerShape shape{};
+  Keep keep = Keep::nothing;
+  bool halve_w_hh = false;
+  Tensor x;
+  Tensor h0, c0;  // absent: zeros; an RNN has no c0
+  Shape state_shape;
+  Tensor w_ih, w_hh, b_ih, b_hh;  // biases may be absent
+
+  bool is_lstm() const { return shape.cell == Cell::lstm; }
+  Number number() const { return x.array.number; }
+  // Of what belongs to the cell.
+  Number cell_number() const {
+    return number() == Number::bfloat16 ? Number::float32 : number();
+  }
+};
+
+struct Results {
+  Tensor y, h_n, c_n, c, gates;  // absent: not there, or not kept
+};
+
+Results allocate(const Layer& layer) {
+  const auto [cell, T, B, I, H, reverse, threads] = layer.shape;
+  const Tensor& like = layer.x;
+  Shape y_shape = layer.x.array.shape;
+  y_shape.size[y_shape.axes - 1] = H;
+  Results results;
+  results.y = new_empty(like, layer.number(), y_shape);
+  results.h_n = new_empty(like, layer.number(), layer.state_shape);
+  if (layer.is_lstm()) {
+    results.c_n = new_empty(like, layer.cell_number(), layer.state_shape);
+    if (layer.keep != Keep::nothing) results.c = new_empty(like, layer.cell_number(), {T, B, H});
+    if (layer.keep == Keep::all) results.gates = new_empty(like, layer.cell_number(), {T, B, 4, H});
+  }
+  return results;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <class Storage>
+void compute(const Layer& layer, const Results& results) {
+  using Real = RealOf<Storage>;
+  const auto storage = [](const Tensor& tensor) { return static_cast<Storage*>(tensor.array.data); };
+  const auto real = [](const Tensor& tensor) { return static_cast<Real*>(tensor.array.data); };
+  const Tensor x = dense(layer.x), w_ih = dense(layer.w_ih), w_hh = dense(layer.w_hh);
+  const Tensor b_ih = dense(layer.b_ih), b_hh = dense(layer.b_hh);
+  const Tensor h0 = dense(layer.h0), c0 = dense(layer.c0);
+  std::unique_ptr<void, Free> zeros;  // in the place of either state
+  if (!h0) {
+    const auto count = static_cast<std::size_t>(layer.shape.B * layer.shape.H);
+    zeros.reset(std::calloc(count, sizeof(Real)));
+    if (!zeros) throw std::bad_alloc();
+  }
+  const LayerForward<Storage> call{
+      layer.shape,
+      storage(x), storage(w_ih), storage(w_hh), storage(b_ih), storage(b_hh),
+      h0 ? storage(h0) : static_cast<Storage*>(zeros.get()),
+      c0 || !layer.is_lstm() ? real(c0) : static_cast<Real*>(zeros.get()),
+      storage(results.y), storage(results.h_n), real(results.c_n), real(results.c), real(results.gates),
+      layer.halve_w_hh};
+  if (const Status status = check(call); status != Status::ok)
+    throw std::invalid_argument(message(status));
+  const py::gil_scoped_release released;
+  cpu::kernels().of<Storage>().forward(call);
+}
+
+Results run(Layer& layer) {
+  layer.shape.threads = thread_count();
+  Results results = allocate(layer);
+  switch (layer.number()) {
+    case Number::float32: compute<float>(layer, results); break;
+    case Number::float64: compute<double>(layer, results); break;
+    case Number::bfloat16: compute<BFloat16>(layer, results); break;
+    case Number::other: throw std::invalid_argument("x has a dtype without kernels");
+  }
+  return results;
+}
+
+// The arguments of the short way
+
+// What the arguments describe, which is how the axes of x and of states are read.
+enum class Way { layer, sequence, step };
+
+// Sizes and the states' shape as x has them; false if x has too few or too many axes.
+bool take_axes(Way way, Index H, Layer& layer) {
+  const Shape& x = layer.x.array.shape;
+  const int batched = way == Way::step ? 2 : 3;
+  const bool has_batch = x.axes == batched;
+  if (!has_batch && (way == Way::layer || x.axes != batched - 1)) return false;
+  layer.shape.T = way == Way::step ? 1 : x.size[0];
+  layer.shape.B = has_batch ? x.size[batched - 2] : 1;
+  layer.shape.I = x.size[x.axes - 1];
+  layer.shape.H = H;
+  if (way == Way::sequence) layer.state_shape.add(1);
+  if (has_batch) layer.state_shape.add(layer.shape.B);
+  layer.state_shape.add(H);
+  return true;
+}
+
+// A tensor if it is a plain one; nothing if it is something else.
+Tensor plain(PyObject* object) {
+  if (!has_plain_type(object)) return {};
+  const std::optional<Array> array = read(object);
+  if (!array || !array->has_elements() || is_lazily_negated(object)) return {};
+  return {py::reinterpret_borrow<py::object>(object), *array};
+}
+
+// The items of an exact tuple or list, which nothing can watch being read.
+bool take_states(PyObject* states, Layer& layer) {
+  const Py_ssize_t count = layer.is_lstm() ? 2 : 1;
+  if (!PyTuple_CheckExact(states) && !PyList_CheckExact(states)) return false;
+  if (PySequence_Fast_GET_SIZE(states) != count) return false;
+  PyObject** const items = PySequence_Fast_ITEMS(states);
+  layer.h0 = plain(items[0]);
+  if (layer.is_lstm()) layer.c0 = plain(items[1]);
+  return layer.h0 && (layer.c0 || !layer.is_lstm());
+}
+
+// Fills in what belongs to the arguments; false unless every tensor is a plain one and fits the others.
+bool examine(Way way, PyObject* x, PyObject* states, PyObject* const* weights, Layer& layer) {
+  if (!(layer.x = plain(x)) || layer.number() == Number::other) return false;
+  if (states != Py_None && !take_states(states, layer)) return false;
+  if (!(layer.w_ih = plain(weights[0])) || !(layer.w_hh = plain(weights[1]))) return false;
+  if (weights[2] != Py_None && !(layer.b_ih = plain(weights[2]))) return false;
+  if (weights[3] != Py_None && !(layer.b_hh = plain(weights[3]))) return false;
+
+  const Index H = layer.w_hh.array.shape.size[1], rows = gate_count(layer.shape.cell) * H;
+  if (!take_axes(way, H, layer)) return false;
+  const Number c0_number = way == Way::layer ? layer.cell_number() : layer.number();
+  const auto fits = [&](const Tensor& tensor, const Shape& shape, Number number) {
+    return !tensor || (tensor.array.shape == shape && tensor.array.number == number);
+  };
+  return fits(layer.w_ih, {rows, layer.shape.I}, layer.number()) &&
+         fits(layer.w_hh, {rows, H}, layer.number()) && fits(layer.b_ih, {rows}, layer.number()) &&
+         fits(layer.b_hh, {rows}, layer.number()) &&
+         fits(layer.h0, layer.state_shape, layer.number()) &&
+         fits(layer.c0, layer.state_shape, c0_number);
+}
+
+bool needs_grad(const Layer& layer) {
+  for (const Tensor* tensor : {&layer.x, &layer.h0, &layer.c0, &layer.w_ih, &layer.w_hh, &layer.b_ih,
+                               &layer.b_hh})
+    if (*tensor && requires_grad(tensor->object.ptr())) return true;
+  return false;
+}
+
+// What Python sees
+
+py::object object_of(const Tensor& tensor) { return tensor ? tensor.object : py::none(); }
+
+std::string_view text(PyObject* object) {
+  Py_ssize_t size = 0;
+  const char* begin = PyUnicode_AsUTF8AndSize(object, &size);
+  if (!begin) throw py::error_already_set();
+  return {begin, static_cast<std::size_t>(size)};
+}
+
+bool is_true(PyObject* object) { return object == Py_True; }
+
+// Python calls these without pybind11 in between, whose dispatch takes as long as reading all tensors; so
+// errors are translated here.
+template <class Body>
+PyObject* translated(Body&& body) noexcept {
+  try {
+    return body().release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+void expect_count(Py_ssize_t count, Py_ssize_t expected) {
+  if (count != expected) throw std::invalid_argument("the number of arguments is wrong");
+}
+
+std::array<Index, 4> sizes_of(PyObject* tuple) {
+  return py::handle(tuple).cast<std::array<Index, 4>>();
+}
+
+PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return translated([&]() -> py::object {
+    expect_count(count, 12);
+    const auto tensor = [&](int index) -> Tensor {
+      if (arguments[index] == Py_None) return {};
+      return known(py::reinterpret_borrow<py::object>(arguments[index]));
+    };
+    Layer layer;
+    const auto [T, B, I, H] = sizes_of(arguments[1]);
+    layer.shape = {cell_named(text(arguments[0])), T, B, I, H, is_true(arguments[2]), 1};
+    layer.keep = keep_named(text(arguments[3]));
+    layer.x = tensor(4);
+    layer.h0 = tensor(5), layer.c0 = tensor(6);
+    layer.w_ih = tensor(7), layer.w_hh = tensor(8), layer.b_ih = tensor(9), layer.b_hh = tensor(10);
+    layer.halve_w_hh = is_true(arguments[11]);
+    layer.state_shape = layer.h0.array.shape;
+    const Results results = run(layer);
+    return py::make_tuple(results.y.object, results.h_n.object, object_of(results.c_n),
+                          object_of(results.c), object_of(results.gates));
+  });
+}
+
+template <Way way>
+PyObject* run_way(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return translated([&]() -> py::object {
+    expect_count(count, 11);
+    Layer layer;
+    layer.shape.cell = cell_named(text(arguments[0]));
+    if (!examine(way, arguments[1], arguments[2], arguments + 3, layer)) return py::none();
+    layer.shape.reverse = is_true(arguments[7]);
+    layer.keep = keep_named(text(arguments[8]));
+    layer.halve_w_hh = is_true(arguments[9]);
+    const bool recording = is_true(arguments[10]);
+    if (layer.c0) layer.c0 = converted(layer.c0, layer.cell_number());
+    if (recording && needs_grad(layer)) {
+      if (!layer.h0) {
+        layer.h0 = new_zeros(layer.x, layer.state_shape);
+        if (layer.is_lstm()) layer.c0 = converted(layer.h0, layer.cell_number());
+      }
+      const auto [cell, T, B, I, H, reverse, threads] = layer.shape;
+      return py::make_tuple(py::none(), py::make_tuple(T, B, I, H), layer.h0.object, object_of(layer.c0));
+    }
+    Results results = run(layer);
+    if (way != Way::layer && results.c_n) results.c_n = converted(results.c_n, layer.number());
+    return py::make_tuple(results.y.object, results.h_n.object, object_of(results.c_n),
+                          object_of(results.c));
+  });
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+constexpr PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+}  // namespace
+
+void bind_layer(py::module_& module) {
+  static PyMethodDef methods[] = {
+      method<forward>("forward"), method<run_way<Way::layer>>("run_layer"),
+      method<run_way<Way::sequence>>("run_sequence"), method<run_way<Way::step>>("run_step"), {}};
+  if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
+  module.def("use_exchange", &use_exchange);
+}
+
+}  // namespace rnnfast::python

@@ -243,7 +243,7 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
   const Index units = std::min(part.unit_vectors.end * width, H) - unit;
   for (Index b = part.rows.begin; b < part.rows.end; ++b) {
     const Index from = (last * B + b) * H + unit, to = b * H + unit;
-    std::copy_n(layer.y + from, units, layer.h_n + to);
+    if (layer.h_n) std::copy_n(layer.y + from, units, layer.h_n + to);
     if (layer.c) std::copy_n(layer.c + from, units, layer.c_n + to);
   }
 }

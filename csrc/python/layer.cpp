@@ -21,6 +21,7 @@ struct Layer {
   LayerShape shape{};
   Keep keep = Keep::nothing;
   bool halve_w_hh = false;
+  bool wants_h_n = true;
   Tensor x;
   Tensor h0, c0;  // absent: zeros; an RNN has no c0
   Shape state_shape;
@@ -45,7 +46,7 @@ Results allocate(const Layer& layer) {
   y_shape.size[y_shape.axes - 1] = H;
   Results results;
   results.y = new_empty(like, layer.number(), y_shape);
-  results.h_n = new_empty(like, layer.number(), layer.state_shape);
+  if (layer.wants_h_n) results.h_n = new_empty(like, layer.number(), layer.state_shape);
   if (layer.is_lstm()) {
     results.c_n = new_empty(like, layer.cell_number(), layer.state_shape);
     if (layer.keep != Keep::nothing) results.c = new_empty(like, layer.cell_number(), {T, B, H});
@@ -126,36 +127,47 @@ Tensor plain(PyObject* object) {
   return {py::reinterpret_borrow<py::object>(object), *array};
 }
 
-// The items of an exact tuple or list, which nothing can watch being read.
+// The items of an exact tuple or list, which nothing can watch being read; null if it is something else.
+PyObject** items_of(PyObject* object, Py_ssize_t count) {
+  if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) return nullptr;
+  return PySequence_Fast_GET_SIZE(object) == count ? PySequence_Fast_ITEMS(object) : nullptr;
+}
+
 bool take_states(PyObject* states, Layer& layer) {
-  const Py_ssize_t count = layer.is_lstm() ? 2 : 1;
-  if (!PyTuple_CheckExact(states) && !PyList_CheckExact(states)) return false;
-  if (PySequence_Fast_GET_SIZE(states) != count) return false;
-  PyObject** const items = PySequence_Fast_ITEMS(states);
+  PyObject** const items = items_of(states, layer.is_lstm() ? 2 : 1);
+  if (!items) return false;
   layer.h0 = plain(items[0]);
   if (layer.is_lstm()) layer.c0 = plain(items[1]);
   return layer.h0 && (layer.c0 || !layer.is_lstm());
 }
 
-// Fills in what belongs to the arguments; false unless every tensor is a plain one and fits the others.
-bool examine(Way way, PyObject* x, PyObject* states, PyObject* const* weights, Layer& layer) {
-  if (!(layer.x = plain(x)) || layer.number() == Number::other) return false;
-  if (states != Py_None && !take_states(states, layer)) return false;
-  if (!(layer.w_ih = plain(weights[0])) || !(layer.w_hh = plain(weights[1]))) return false;
-  if (weights[2] != Py_None && !(layer.b_ih = plain(weights[2]))) return false;
-  if (weights[3] != Py_None && !(layer.b_hh = plain(weights[3]))) return false;
+bool take_weights(PyObject* weights, bool has_biases, Layer& layer) {
+  PyObject** const items = items_of(weights, has_biases ? 4 : 2);
+  if (!items) return false;
+  layer.w_ih = plain(items[0]);
+  layer.w_hh = plain(items[1]);
+  if (!layer.w_ih || !layer.w_hh) return false;
+  if (has_biases) {
+    layer.b_ih = plain(items[2]);
+    layer.b_hh = plain(items[3]);
+    return (layer.b_ih || items[2] == Py_None) && (layer.b_hh || items[3] == Py_None);
+  }
+  return true;
+}
 
+// Fills in sizes and x; false unless x, states and weights are as `way` has them and fit one another.
+bool take_input(Way way, PyObject* x, bool batch_first, Layer& layer) {
+  if (!(layer.x = plain(x)) || layer.number() == Number::other) return false;
+  if (batch_first && layer.x.array.shape.axes == 3) layer.x = transposed(layer.x);
   const Index H = layer.w_hh.array.shape.size[1], rows = gate_count(layer.shape.cell) * H;
   if (!take_axes(way, H, layer)) return false;
-  const Number c0_number = way == Way::layer ? layer.cell_number() : layer.number();
-  const auto fits = [&](const Tensor& tensor, const Shape& shape, Number number) {
-    return !tensor || (tensor.array.shape == shape && tensor.array.number == number);
+  const Number number = layer.number(), c0_number = way == Way::layer ? layer.cell_number() : number;
+  const auto fits = [](const Tensor& tensor, Number number, const Shape& shape) {
+    return !tensor || (tensor.array.number == number && tensor.array.shape == shape);
   };
-  return fits(layer.w_ih, {rows, layer.shape.I}, layer.number()) &&
-         fits(layer.w_hh, {rows, H}, layer.number()) && fits(layer.b_ih, {rows}, layer.number()) &&
-         fits(layer.b_hh, {rows}, layer.number()) &&
-         fits(layer.h0, layer.state_shape, layer.number()) &&
-         fits(layer.c0, layer.state_shape, c0_number);
+  return fits(layer.w_ih, number, {rows, layer.shape.I}) && fits(layer.w_hh, number, {rows, H}) &&
+         fits(layer.b_ih, number, {rows}) && fits(layer.b_hh, number, {rows}) &&
+         fits(layer.h0, number, layer.state_shape) && fits(layer.c0, c0_number, layer.state_shape);
 }
 
 bool needs_grad(const Layer& layer) {
@@ -168,6 +180,11 @@ bool needs_grad(const Layer& layer) {
 // What Python sees
 
 py::object object_of(const Tensor& tensor) { return tensor ? tensor.object : py::none(); }
+
+template <class... Tensors>
+py::tuple tuple_of(const Tensors&... tensors) {
+  return py::make_tuple(object_of(tensors)...);
+}
 
 std::string_view text(PyObject* object) {
   Py_ssize_t size = 0;
@@ -221,35 +238,70 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     layer.halve_w_hh = is_true(arguments[11]);
     layer.state_shape = layer.h0.array.shape;
     const Results results = run(layer);
-    return py::make_tuple(results.y.object, results.h_n.object, object_of(results.c_n),
-                          object_of(results.c), object_of(results.gates));
+    return tuple_of(results.y, results.h_n, results.c_n, results.c, results.gates);
   });
 }
 
-template <Way way>
-PyObject* run_way(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+// What the short way gives: None, where the call has to go the general way; y, h_n, c_n and c; or, where a
+// gradient may be asked for, None, the sizes, h0 and c0.
+py::object results_of(Way way, bool batch_first, bool recording, Layer& layer) {
+  if (layer.c0) layer.c0 = converted(layer.c0, layer.cell_number());
+  if (recording && needs_grad(layer)) {
+    if (!layer.h0) {
+      layer.h0 = new_zeros(layer.x, layer.state_shape);
+      if (layer.is_lstm()) layer.c0 = converted(layer.h0, layer.cell_number());
+    }
+    const auto [cell, T, B, I, H, reverse, threads] = layer.shape;
+    return py::make_tuple(py::none(), py::make_tuple(T, B, I, H), layer.h0.object, object_of(layer.c0));
+  }
+  Results results = run(layer);
+  if (way != Way::layer && results.c_n) results.c_n = converted(results.c_n, layer.number());
+  if (batch_first && results.y.array.shape.axes == 3) results.y = transposed(results.y);
+  return tuple_of(results.y, results.h_n, results.c_n, results.c);
+}
+
+// (cell, x, states, weights, reverse, keep, halve_w_hh, recording)
+PyObject* run_layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return translated([&]() -> py::object {
-    expect_count(count, 11);
+    expect_count(count, 8);
     Layer layer;
     layer.shape.cell = cell_named(text(arguments[0]));
-    if (!examine(way, arguments[1], arguments[2], arguments + 3, layer)) return py::none();
-    layer.shape.reverse = is_true(arguments[7]);
-    layer.keep = keep_named(text(arguments[8]));
-    layer.halve_w_hh = is_true(arguments[9]);
-    const bool recording = is_true(arguments[10]);
-    if (layer.c0) layer.c0 = converted(layer.c0, layer.cell_number());
-    if (recording && needs_grad(layer)) {
-      if (!layer.h0) {
-        layer.h0 = new_zeros(layer.x, layer.state_shape);
-        if (layer.is_lstm()) layer.c0 = converted(layer.h0, layer.cell_number());
-      }
-      const auto [cell, T, B, I, H, reverse, threads] = layer.shape;
-      return py::make_tuple(py::none(), py::make_tuple(T, B, I, H), layer.h0.object, object_of(layer.c0));
-    }
-    Results results = run(layer);
-    if (way != Way::layer && results.c_n) results.c_n = converted(results.c_n, layer.number());
-    return py::make_tuple(results.y.object, results.h_n.object, object_of(results.c_n),
-                          object_of(results.c));
+    layer.shape.reverse = is_true(arguments[4]);
+    layer.keep = keep_named(text(arguments[5]));
+    layer.halve_w_hh = is_true(arguments[6]);
+    const bool fits = take_states(arguments[2], layer) && take_weights(arguments[3], true, layer) &&
+                      take_input(Way::layer, arguments[1], false, layer);
+    return fits ? results_of(Way::layer, false, is_true(arguments[7]), layer) : py::none();
+  });
+}
+
+// (cell, x, states or None, weights, bias, batch_first, halve_w_hh, recording)
+PyObject* run_sequence(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return translated([&]() -> py::object {
+    expect_count(count, 8);
+    Layer layer;
+    layer.shape.cell = cell_named(text(arguments[0]));
+    layer.halve_w_hh = is_true(arguments[6]);
+    const bool bias = is_true(arguments[4]), batch_first = is_true(arguments[5]);
+    const bool fits = (arguments[2] == Py_None || take_states(arguments[2], layer)) &&
+                      take_weights(arguments[3], bias, layer) && bias == bool(layer.b_ih) &&
+                      bias == bool(layer.b_hh) && take_input(Way::sequence, arguments[1], batch_first, layer);
+    return fits ? results_of(Way::sequence, batch_first, is_true(arguments[7]), layer) : py::none();
+  });
+}
+
+// (cell, x, states or None, weights, halve_w_hh, recording)
+PyObject* run_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return translated([&]() -> py::object {
+    expect_count(count, 6);
+    Layer layer;
+    layer.shape.cell = cell_named(text(arguments[0]));
+    layer.halve_w_hh = is_true(arguments[4]);
+    layer.wants_h_n = false;
+    const bool fits = (arguments[2] == Py_None || take_states(arguments[2], layer)) &&
+                      take_weights(arguments[3], true, layer) && bool(layer.b_ih) == bool(layer.b_hh) &&
+                      take_input(Way::step, arguments[1], false, layer);
+    return fits ? results_of(Way::step, false, is_true(arguments[5]), layer) : py::none();
   });
 }
 
@@ -262,8 +314,8 @@ constexpr PyMethodDef method(const char* name) {
 
 void bind_layer(py::module_& module) {
   static PyMethodDef methods[] = {
-      method<forward>("forward"), method<run_way<Way::layer>>("run_layer"),
-      method<run_way<Way::sequence>>("run_sequence"), method<run_way<Way::step>>("run_step"), {}};
+      method<forward>("forward"), method<run_layer>("run_layer"), method<run_sequence>("run_sequence"),
+      method<run_step>("run_step"), {}};
   if (PyModule_AddFunctions(module.ptr(), methods) != 0) throw py::error_already_set();
   module.def("use_exchange", &use_exchange);
 }

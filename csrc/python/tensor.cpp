@@ -18,7 +18,8 @@ struct Torch {
   const dlpack::ExchangeApi* exchange;
 
   PyObject *contiguous, *data_ptr, *dtype, *is_contiguous, *is_cpu, *is_neg, *new_empty, *new_zeros,
-      *requires_grad, *shape, *to;
+      *requires_grad, *shape, *to, *transpose;
+  PyObject *zero, *one;
   PyObject* dtype_keyword;  // ("dtype",)
 
   PyObject* dtype_of(Number number) const { return numbers[static_cast<std::size_t>(number)]; }
@@ -57,6 +58,9 @@ Torch look_up() {
           name("requires_grad"),
           name("shape"),
           name("to"),
+          name("transpose"),
+          own(py::int_(0)),
+          own(py::int_(1)),
           own(py::make_tuple("dtype"))};
 }
 
@@ -165,6 +169,11 @@ bool requires_grad(PyObject* tensor) { return is_true(attribute(tensor, torch().
 Tensor dense(Tensor tensor) {
   if (!tensor || tensor.array.dense) return tensor;
   return known(call(tensor.object.ptr(), torch().contiguous));
+}
+
+Tensor transposed(const Tensor& tensor) {
+  PyObject* arguments[] = {tensor.object.ptr(), torch().zero, torch().one};
+  return known(owned(PyObject_VectorcallMethod(torch().transpose, arguments, 3, nullptr)));
 }
 
 Tensor new_empty(const Tensor& like, Number number, const Shape& shape) {

@@ -70,6 +70,8 @@ bool requires_grad(PyObject* tensor);
 
 // The tensor, or a copy of it that is dense.
 Tensor dense(Tensor tensor);
+// As tensor.transpose(0, 1).
+Tensor transposed(const Tensor& tensor);
 // As like.new_empty(shape, dtype=number), like.new_zeros(shape), tensor.to(number).
 Tensor new_empty(const Tensor& like, Number number, const Shape& shape);
 Tensor new_zeros(const Tensor& like, const Shape& shape);

@@ -9,10 +9,10 @@ that word the error. Both ways compute by the same functions of `cpu`: same bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
     _functorch,
     _get_tracing_state,
@@ -49,42 +49,22 @@ def _watched() -> bool:
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
-def _run(
-    way: Callable[..., tuple | None],
-    cell: str,
-    x: Tensor,
-    states: Sequence[Tensor] | None,
-    weights: Weights,
-    reverse: bool = False,
-    k1: int = 0,
-    k2: int = 0,
-    keep: str = "all",
-    cells: bool = False,
-) -> Results | None:
-    """One layer in one direction; None if the call has to go the general way.
-
-    way: the function of the core that knows the axes of x and states. keep: what an LSTM keeps if
-    a gradient may be asked for. cells: c is wanted even if none may.
-    """
-    if _watched():
-        return None
-    found = way(
-        *(cell, x, states, *weights, reverse, "cells" if cells else "nothing"),
-        *(is_wished(), torch.is_grad_enabled()),
-    )
-    if found is None or found[0] is not None:
-        return found
+def _record(found, cell, x, weights, reverse=False, k1=0, k2=0, keep="all") -> Results | None:
+    """The same call with its gradient; `found` is what the core's function gave for it."""
     if keep == "nothing":
         return None  # the operator refuses when the gradient is asked for
     _, sizes, h0, c0 = found
     k1, k2 = ops.window(sizes[0], k1, k2)
-    y, h_n, c_n, c = _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
-    if way is not core.run_layer and c_n is not None:
-        c_n = c_n.to(x.dtype)
-    return y, h_n, c_n, c
+    return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
 
 
-# For the functional layer, which goes its own general way where these give None
+def _as_x(c_n: Tensor | None, x: Tensor) -> Tensor | None:
+    return c_n if c_n is None or c_n.dtype is x.dtype else c_n.to(x.dtype)
+
+
+# The core's functions below see whether every tensor is plain, and fits; if so, they compute, or
+# give sizes and states where a gradient may be asked for. Else they give None, and so do these,
+# for the functional layer to go the general way.
 
 
 def sequence(
@@ -102,34 +82,58 @@ def sequence(
     weights w_ih, w_hh and, with `bias`, b_ih and b_hh. keep: as the operators take it, of effect
     only if a gradient may be asked for.
     """
-    if len(weights) != (4 if bias else 2):
+    if _watched():
         return None
-    w_ih, w_hh, b_ih, b_hh = weights if bias else (*weights, None, None)
-    if bias and (b_ih is None or b_hh is None):
-        return None
-    swap = batch_first and type(x) in _PLAIN_TYPES and x.dim() == 3
+    found = core.run_sequence(
+        cell, x, states, weights, bias, batch_first, is_wished(), is_grad_enabled()
+    )
+    if found is None or found[0] is not None:
+        return found
+    swap = batch_first and x.dim() == 3
     steps = x.transpose(0, 1) if swap else x
-    results = _run(core.run_sequence, cell, steps, states, (w_ih, w_hh, b_ih, b_hh), keep=keep)
-    if swap and results is not None:
-        return results[0].transpose(0, 1), *results[1:]
-    return results
-
-
-def step(cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Weights) -> Results | None:
-    """One step: x (B, I) or (I,), states (B, H) or (H,), None for zeros; both biases or none."""
-    if (weights[2] is None) != (weights[3] is None):
+    results = _record(found, cell, steps, weights if bias else (*weights, None, None), keep=keep)
+    if results is None:
         return None
-    return _run(core.run_step, cell, x, states, weights)
+    y, h_n, c_n, c = results
+    return y.transpose(0, 1) if swap else y, h_n, _as_x(c_n, x), c
+
+
+def step(
+    cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Weights
+) -> tuple[Tensor, Tensor | None] | None:
+    """One step: h and c of shape (B, H) or (H,); c is None for an RNN.
+
+    x (B, I) or (I,), states (B, H) or (H,), None for zeros; both biases or none.
+    """
+    if _watched():
+        return None
+    found = core.run_step(cell, x, states, weights, is_wished(), is_grad_enabled())
+    if found is None:
+        return None
+    h, _, c, _ = found
+    if h is None:  # h_n rather than y, which is saved: callers may write on what they get
+        _, h, c, _ = _record(found, cell, x, weights)
+        c = _as_x(c, x)
+    return h, c
 
 
 # For stacks: the operators' signatures
 
 
+def _layer(cell, x, states, weights, reverse, k1, k2, keep) -> Results | None:
+    if _watched():
+        return None
+    kept = "nothing" if keep == "nothing" else "cells"
+    found = core.run_layer(cell, x, states, weights, reverse, kept, is_wished(), is_grad_enabled())
+    if found is None or found[0] is not None:
+        return found
+    return _record(found, cell, x, weights, reverse, k1, k2, keep)
+
+
 def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
     """y, h_n, c_n and, unless `keep` is "nothing", c: as ops.lstm_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
-    options = (reverse, k1, k2, keep, keep != "nothing")
-    results = _run(core.run_layer, "lstm", x, (h0, c0), weights, *options)
+    results = _layer("lstm", x, (h0, c0), weights, reverse, k1, k2, keep)
     if results is None:
         return ops.lstm_layer(x, h0, c0, *weights, reverse, k1, k2, keep)[:4]
     return results
@@ -138,7 +142,7 @@ def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
 def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
     """y and h_n: as ops.rnn_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
-    results = _run(core.run_layer, nonlinearity, x, (h0,), weights, reverse, k1, k2)
+    results = _layer(nonlinearity, x, (h0,), weights, reverse, k1, k2, "all")
     if results is None:
         return ops.rnn_layer(x, h0, *weights, nonlinearity, reverse, k1, k2)
     return results[:2]

@@ -46,8 +46,10 @@ def _weights(module: torch.nn.Module, names: Iterable[str]) -> list[Tensor]:
     Straight from the dictionary where possible: Module finds a parameter only after Python has
     searched everywhere else, which for four weights takes as long as a step of a small layer.
     """
-    parameters = module._parameters
-    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
+    try:
+        return list(map(module._parameters.__getitem__, names))
+    except KeyError:  # a parametrization, or what functional_call put there
+        return [getattr(module, name) for name in names]
 
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

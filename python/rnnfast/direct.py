@@ -10,16 +10,18 @@ that word the error. Both ways compute by the same functions of `cpu`: same bits
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import (
-    _functorch,
     _get_tracing_state,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
+from torch.compiler import is_compiling
 
 from . import cpu, ops
 from ._native import accumulator, core
@@ -36,10 +38,10 @@ Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # y, h_n, c_n, c;
 def _watched() -> bool:
     """Whether something is active that wants to see, record or replace operator calls."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
-        or _functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
         or profiler._is_profiler_enabled
@@ -84,6 +86,10 @@ def sequence(
     """
     if _watched():
         return None
+    return _sequence(cell, x, states, weights, bias, batch_first, keep)
+
+
+def _sequence(cell, x, states, weights, bias, batch_first, keep) -> Results | None:
     found = core.run_sequence(
         cell, x, states, weights, bias, batch_first, is_wished(), is_grad_enabled()
     )
@@ -105,8 +111,10 @@ def step(
 
     x (B, I) or (I,), states (B, H) or (H,), None for zeros; both biases or none.
     """
-    if _watched():
-        return None
+    return None if _watched() else _step(cell, x, states, weights)
+
+
+def _step(cell, x, states, weights) -> tuple[Tensor, Tensor | None] | None:
     found = core.run_step(cell, x, states, weights, is_wished(), is_grad_enabled())
     if found is None:
         return None
@@ -115,6 +123,58 @@ def step(
         _, h, c, _ = _record(found, cell, x, weights)
         c = _as_x(c, x)
     return h, c
+
+
+# For modules: the same with the arguments that they hold. They are taken from the module's own
+# dictionary, as every attribute goes through Module.__getattr__'s slot, five times as slowly.
+
+_RNN_CELLS = {"tanh": "tanh", "relu": "relu"}  # by nonlinearity
+_MATRICES, _BIASES = ("weight_ih", "weight_hh"), ("bias_ih", "bias_hh")
+_LAYER_MATRICES = itemgetter(*(f"{name}_l0" for name in _MATRICES))
+_LAYER_WEIGHTS = itemgetter(*(f"{name}_l0" for name in (*_MATRICES, *_BIASES)))
+_CELL_WEIGHTS = itemgetter(*_MATRICES, *_BIASES)
+
+
+def module_sequence(
+    module: torch.nn.RNNBase, cell: str | None, x: Tensor, states: Sequence[Tensor] | None
+) -> Results | None:
+    """What `module` computes, if that is one layer in one direction without more ado.
+
+    cell: None for the one that its nonlinearity says.
+    """
+    if _watched():
+        return None
+    own = module.__dict__
+    try:
+        cell = cell or _RNN_CELLS[own["nonlinearity"]]
+        if (
+            own["num_layers"] != 1
+            or own["bidirectional"]
+            or own["proj_size"]
+            or own.get("truncate") is not None
+            or own.get("memory", "normal") != "normal"
+        ):
+            return None
+        bias = own["bias"]
+        weights = (_LAYER_WEIGHTS if bias else _LAYER_MATRICES)(own["_parameters"])
+    except (KeyError, TypeError):  # a parametrization stands there, or what is no nonlinearity
+        return None
+    return _sequence(cell, x, states, weights, bias, own["batch_first"], "all")
+
+
+def module_step(
+    module: torch.nn.RNNCellBase, cell: str | None, x: Tensor, states: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """What `module` computes; cell as above."""
+    if _watched():
+        return None
+    own = module.__dict__
+    try:
+        cell = cell or _RNN_CELLS[own["nonlinearity"]]
+        weights = _CELL_WEIGHTS(own["_parameters"])
+    except (KeyError, TypeError):
+        return None
+    return _step(cell, x, states, weights)
 
 
 # For stacks: the operators' signatures

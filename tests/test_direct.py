@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import threading
 from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
@@ -217,6 +218,23 @@ def test_a_layer_has_the_same_bits_in_any_layout(case, monkeypatch, ways):
                 assert torch.equal(got[key], value), (key, want)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch publishes no table"
+)
+def test_tensors_are_read_through_the_exchange_table_where_there_is_one(monkeypatch):
+    """Reading attributes, which this forbids, is for torch versions that have none."""
+    module, x = LSTM(3, 5), torch.randn(4, 2, 3)
+    with torch.no_grad():
+        want = flat(module(x))
+        for attribute in ("data_ptr", "is_contiguous"):
+            monkeypatch.setattr(
+                torch.Tensor, attribute, lambda *_: pytest.fail("read by attributes"), raising=False
+            )
+        got = flat(module(x))
+    monkeypatch.undo()
+    assert_equal(got, want)
+
+
 # Autograd
 
 
@@ -242,6 +260,24 @@ def test_gradients_nobody_needs_are_not_computed(name, monkeypatch):
         want = [False] * 6
         want[{0: 0, 1: 3, 2: 4, 3: 5, 4: 5}[index]] = True
         assert wants.pop() == tuple(want)
+
+
+@pytest.mark.parametrize("recording", [False, True])
+@every_module
+def test_results_may_be_written_on(name, recording):
+    """As masks do on a carried state: h of a cell, and y where it is no saved tensor."""
+    module, x = MODULES[name](), input_of(name)
+    results = ("h", "c") if "Cell" in name else ("y", "h", "c")
+    with torch.set_grad_enabled(recording):
+        for index, result in zip(range(3), results, strict=False):
+            outputs = flat(module(x))
+            if index >= len(outputs) or (recording and result == "y"):
+                continue
+            others = [o.clone() for i, o in enumerate(outputs) if i != index]
+            outputs[index].mul_(0)
+            assert_equal([o for i, o in enumerate(outputs) if i != index], others)
+            if recording:
+                sum(o.sum() for o in outputs).backward()
 
 
 @lstm_and_rnn
@@ -429,6 +465,34 @@ def test_weights_may_be_replaced_at_any_time(name):
         for m in (module, theirs):
             change(m, weight)
         torch.testing.assert_close(module(x)[0], theirs(x)[0])
+
+
+@every_module
+def test_what_a_module_says_of_itself_may_change_at_any_time(name):
+    x, bad = input_of(name), {"truncate": 0, "memory": "lower", "nonlinearity": "lstm"}
+    changes = ["truncate"] * ("Cell" not in name) + ["memory"] * (name == "LSTM")
+    changes += ["nonlinearity"] * ("RNN" in name)
+    for change in changes:
+        module = MODULES[name]()
+        module(x)
+        setattr(module, change, bad[change])
+        with pytest.raises((ValueError, RuntimeError), match=change):
+            module(x)
+        setattr(module, change, [])
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            module(x)
+
+
+@pytest.mark.parametrize("name", ["RNN tanh", "RNNCell tanh"])
+def test_a_nonlinearity_is_not_the_name_of_another_cell(name):
+    """Not even where the weights would fit."""
+    module = MODULES[name]()
+    for key, parameter in module.named_parameters():
+        rows = torch.randn(4 * len(parameter), *parameter.shape[1:])
+        setattr(module, key, torch.nn.Parameter(rows))
+    module.nonlinearity = "lstm"
+    with pytest.raises((ValueError, RuntimeError), match="'tanh' or 'relu'|weight_hh"):
+        module(input_of(name))
 
 
 RESIZED = {
@@ -668,3 +732,86 @@ def test_numpy_sees_what_was_computed():
     y, (h_n, c_n) = LSTM(3, 5).requires_grad_(False)(torch.randn(1, 1, 3))
     assert np.array_equal(y.numpy(), h_n.numpy())
     assert len({t.data_ptr() for t in (y, h_n, c_n)}) == 3
+
+
+# The core's own functions
+
+
+def arguments_of(entry, x, states, weights, grad):
+    return {
+        "run_layer": ("lstm", x, states, weights, False, "nothing", False, grad),
+        "run_sequence": ("lstm", x, states, weights, True, False, False, grad),
+        "run_step": ("lstm", x, states, weights, False, grad),
+    }[entry]
+
+
+def layer_of(entry):
+    module = LSTM(3, 5)
+    x, lead = (torch.randn(2, 3), (2,)) if entry == "run_step" else (torch.randn(4, 2, 3), (1, 2))
+    states = state_of("LSTM", (*lead[-1:], 5) if entry == "run_layer" else (*lead, 5))
+    return x, states, tuple(module.parameters())
+
+
+every_entry = pytest.mark.parametrize("entry", ["run_layer", "run_sequence", "run_step"])
+NO_TENSORS = [None, 1, "x", (), [], object(), torch.float32, np.zeros((4, 2, 3), np.float32)]
+
+
+@pytest.mark.usefixtures("reading")
+@every_entry
+def test_anything_may_stand_in_the_place_of_a_tensor(entry):
+    x, states, weights = layer_of(entry)
+    run = getattr(_native.core, entry)
+    assert run(*arguments_of(entry, x, states, weights, False)) is not None
+    uninitialised = torch.nn.parameter.UninitializedParameter()
+    five_axes, empty = torch.zeros(1, 1, 1, 1, 1), torch.zeros(0, 2, 3)
+    for wrong in (*NO_TENSORS, uninitialised, five_axes, empty):
+        given = [(wrong, states, weights)]
+        given += [(x, s, weights) for s in (wrong, (states[0], wrong), (wrong, states[1]))]
+        given += [(x, states, wrong)]
+        given += [(x, states, (*weights[:i], wrong, *weights[i + 1 :])) for i in range(4)]
+        for several in given:
+            if wrong is None and (several[1] is None or several[2] is not weights):
+                continue  # a state and biases may be absent
+            assert run(*arguments_of(entry, *several, False)) is None
+    assert run(
+        *arguments_of(entry, x, states, (*weights[:2], None, weights[3]), False)
+    ) is None or (entry == "run_layer")
+    for count in (0, 1, 5, 9):
+        with pytest.raises(ValueError, match="number of arguments"):
+            run(*[None] * count)
+    with pytest.raises(ValueError, match="unknown cell"):
+        run("gru", *arguments_of(entry, x, states, weights, False)[1:])
+
+
+@pytest.mark.usefixtures("reading")
+@every_entry
+def test_no_object_is_kept_or_lost(entry):
+    x, states, weights = layer_of(entry)
+    run = getattr(_native.core, entry)
+    sparse, strided = x.to_sparse(), x.transpose(0, -1).contiguous().transpose(0, -1)
+    objects = [x, sparse, strided, *states, *weights, None, torch.float32, torch.Tensor]
+
+    def calls():
+        for grad in (False, True):
+            run(*arguments_of(entry, x, states, weights, grad))
+            run(*arguments_of(entry, strided, states, weights, grad))
+            run(*arguments_of(entry, sparse, states, weights, grad))
+            run(*arguments_of(entry, x, states, (*weights[:3], x), grad))
+            if entry != "run_layer":
+                run(*arguments_of(entry, x, None, weights, grad))
+
+    calls()
+    before = [sys.getrefcount(o) for o in objects]
+    for _ in range(100):
+        calls()
+    after = [sys.getrefcount(o) for o in objects]
+    assert all(abs(a - b) < 50 for a, b in zip(after, before, strict=True))
+
+
+def test_an_allocation_that_fails_is_an_error(monkeypatch):
+    def new_empty(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    with torch.no_grad(), pytest.raises(MemoryError, match="no room"):
+        LSTM(3, 5)(torch.randn(4, 2, 3))

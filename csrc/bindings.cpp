@@ -89,7 +89,7 @@ py::dict build_info() {
 py::dict described(const cpu::Plan& plan) {
   return py::dict("threads"_a = plan.threads,
                   "split"_a = plan.split == cpu::Split::rows ? "rows" : "units",
-                  "pack"_a = plan.pack, "chunk"_a = plan.chunk, "cycles"_a = plan.cycles);
+                  "pack"_a = plan.pack, "dense"_a = plan.dense, "chunk"_a = plan.chunk, "cycles"_a = plan.cycles);
 }
 
 py::dict plan_recurrence(Index steps, Index rows, Index units, Index gates, Index terms,

@@ -491,7 +491,7 @@ def test_a_nonlinearity_is_not_the_name_of_another_cell(name):
         rows = torch.randn(4 * len(parameter), *parameter.shape[1:])
         setattr(module, key, torch.nn.Parameter(rows))
     module.nonlinearity = "lstm"
-    with pytest.raises((ValueError, RuntimeError), match="'tanh' or 'relu'|weight_hh"):
+    with pytest.raises((ValueError, RuntimeError), match=r"'tanh' or 'relu'|weight_hh"):
         module(input_of(name))
 
 

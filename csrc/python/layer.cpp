@@ -35,6 +35,10 @@ struct Layer {
   }
 };
 
+std::array<Tensor*, 7> tensors_of(Layer& layer) {
+  return {&layer.x, &layer.h0, &layer.c0, &layer.w_ih, &layer.w_hh, &layer.b_ih, &layer.b_hh};
+}
+
 struct Results {
   Tensor y, h_n, c_n, c, gates;  // absent: not there, or not kept
 };
@@ -64,20 +68,17 @@ void compute(const Layer& layer, const Results& results) {
   using Real = RealOf<Storage>;
   const auto storage = [](const Tensor& tensor) { return static_cast<Storage*>(tensor.array.data); };
   const auto real = [](const Tensor& tensor) { return static_cast<Real*>(tensor.array.data); };
-  const Tensor x = dense(layer.x), w_ih = dense(layer.w_ih), w_hh = dense(layer.w_hh);
-  const Tensor b_ih = dense(layer.b_ih), b_hh = dense(layer.b_hh);
-  const Tensor h0 = dense(layer.h0), c0 = dense(layer.c0);
   std::unique_ptr<void, Free> zeros;  // in the place of either state
-  if (!h0) {
+  if (!layer.h0) {
     const auto count = static_cast<std::size_t>(layer.shape.B * layer.shape.H);
     zeros.reset(std::calloc(count, sizeof(Real)));
     if (!zeros) throw std::bad_alloc();
   }
   const LayerForward<Storage> call{
       layer.shape,
-      storage(x), storage(w_ih), storage(w_hh), storage(b_ih), storage(b_hh),
-      h0 ? storage(h0) : static_cast<Storage*>(zeros.get()),
-      c0 || !layer.is_lstm() ? real(c0) : static_cast<Real*>(zeros.get()),
+      storage(layer.x), storage(layer.w_ih), storage(layer.w_hh), storage(layer.b_ih), storage(layer.b_hh),
+      layer.h0 ? storage(layer.h0) : static_cast<Storage*>(zeros.get()),
+      layer.c0 || !layer.is_lstm() ? real(layer.c0) : static_cast<Real*>(zeros.get()),
       storage(results.y), storage(results.h_n), real(results.c_n), real(results.c), real(results.gates),
       layer.halve_w_hh};
   if (const Status status = check(call); status != Status::ok)
@@ -88,6 +89,7 @@ void compute(const Layer& layer, const Results& results) {
 
 Results run(Layer& layer) {
   layer.shape.threads = thread_count();
+  for (Tensor* tensor : tensors_of(layer)) make_dense(*tensor);
   Results results = allocate(layer);
   switch (layer.number()) {
     case Number::float32: compute<float>(layer, results); break;
@@ -170,9 +172,8 @@ bool take_input(Way way, PyObject* x, bool batch_first, Layer& layer) {
          fits(layer.h0, number, layer.state_shape) && fits(layer.c0, c0_number, layer.state_shape);
 }
 
-bool needs_grad(const Layer& layer) {
-  for (const Tensor* tensor : {&layer.x, &layer.h0, &layer.c0, &layer.w_ih, &layer.w_hh, &layer.b_ih,
-                               &layer.b_hh})
+bool needs_grad(Layer& layer) {
+  for (const Tensor* tensor : tensors_of(layer))
     if (*tensor && requires_grad(tensor->object.ptr())) return true;
   return false;
 }

@@ -166,9 +166,8 @@ bool is_lazily_negated(PyObject* tensor) { return is_true(call(tensor, torch().i
 
 bool requires_grad(PyObject* tensor) { return is_true(attribute(tensor, torch().requires_grad)); }
 
-Tensor dense(Tensor tensor) {
-  if (!tensor || tensor.array.dense) return tensor;
-  return known(call(tensor.object.ptr(), torch().contiguous));
+void make_dense(Tensor& tensor) {
+  if (tensor && !tensor.array.dense) tensor = known(call(tensor.object.ptr(), torch().contiguous));
 }
 
 Tensor transposed(const Tensor& tensor) {

@@ -68,8 +68,8 @@ bool has_plain_type(PyObject* tensor);
 bool is_lazily_negated(PyObject* tensor);
 bool requires_grad(PyObject* tensor);
 
-// The tensor, or a copy of it that is dense.
-Tensor dense(Tensor tensor);
+// In the place of a tensor that is not dense, a copy that is.
+void make_dense(Tensor& tensor);
 // As tensor.transpose(0, 1).
 Tensor transposed(const Tensor& tensor);
 // As like.new_empty(shape, dtype=number), like.new_zeros(shape), tensor.to(number).

@@ -178,6 +178,20 @@ def test_same_bits_with_options(name, dtype, options, ways, by_operators):
     assert_both_ways_agree(module, x.flip(-1)[..., ::1], hx, ways, by_operators)
 
 
+@pytest.mark.parametrize("flag", [1, 2.5, "yes", np.True_, 0, "", np.False_], ids=repr)
+@pytest.mark.parametrize("option", ["batch_first", "bias"])
+@lstm_and_rnn
+def test_options_need_not_be_booleans(name, option, flag):
+    """torch.nn's modules take for true what Python does."""
+    plain, module = MODULES[name](**{option: bool(flag)}), MODULES[name](**{option: bool(flag)})
+    module.load_state_dict(plain.state_dict())
+    setattr(module, option, flag)
+    x = input_of(name)
+    assert_equal(results(module, x, None), results(plain, x, None))
+    with torch.no_grad():
+        assert_equal(flat(module(x)), flat(plain(x)))
+
+
 LAYER_CASES = [
     Case(**choice)
     for choice in pairwise(
@@ -781,6 +795,27 @@ def test_anything_may_stand_in_the_place_of_a_tensor(entry):
             run(*[None] * count)
     with pytest.raises(ValueError, match="unknown cell"):
         run("gru", *arguments_of(entry, x, states, weights, False)[1:])
+
+
+@every_entry
+def test_lists_may_change_while_they_are_read(entry, monkeypatch):
+    """As another thread may do whenever reading a tensor lets it run."""
+    x, states, weights = layer_of(entry)
+    given = [*states], [*weights]
+    run = getattr(_native.core, entry)
+    want = run(*arguments_of(entry, x, *given, False))
+
+    def is_neg(tensor):
+        for changing in given:
+            changing.clear()
+            changing.extend([None] * 1000)
+        return False
+
+    monkeypatch.setattr(torch.Tensor, "is_neg", is_neg, raising=False)
+    got = run(*arguments_of(entry, x, *given, False))
+    monkeypatch.undo()
+    if got is not None:
+        assert_equal(flat([t for t in got if t is not None]), [t for t in want if t is not None])
 
 
 @pytest.mark.usefixtures("reading")

@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string_view>
+#include <utility>
 
 #include "../check.h"
 #include "../cpu/kernels.h"
@@ -122,44 +123,47 @@ bool take_axes(Way way, Index H, Layer& layer) {
 }
 
 // A tensor if it is a plain one; nothing if it is something else.
-Tensor plain(PyObject* object) {
-  if (!has_plain_type(object)) return {};
-  const std::optional<Array> array = read(object);
-  if (!array || !array->has_elements() || is_lazily_negated(object)) return {};
-  return {py::reinterpret_borrow<py::object>(object), *array};
+Tensor plain(py::object object) {
+  if (!has_plain_type(object.ptr())) return {};
+  const std::optional<Array> array = read(object.ptr());
+  if (!array || !array->has_elements() || is_lazily_negated(object.ptr())) return {};
+  return {std::move(object), *array};
 }
 
-// The items of an exact tuple or list, which nothing can watch being read; null if it is something else.
-PyObject** items_of(PyObject* object, Py_ssize_t count) {
-  if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) return nullptr;
-  return PySequence_Fast_GET_SIZE(object) == count ? PySequence_Fast_ITEMS(object) : nullptr;
+// The items of a tuple or list, exactly of these types, so that taking them runs no code; false if it is something
+// else. They are taken before one of them is read, since that may let other threads run, and a list may change.
+template <std::size_t most>
+bool take_items(PyObject* object, std::size_t count, std::array<py::object, most>& items) {
+  if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) return false;
+  if (PySequence_Fast_GET_SIZE(object) != static_cast<Py_ssize_t>(count)) return false;
+  for (std::size_t i = 0; i < count; ++i)
+    items[i] = py::reinterpret_borrow<py::object>(PySequence_Fast_ITEMS(object)[i]);
+  return true;
 }
 
 bool take_states(PyObject* states, Layer& layer) {
-  PyObject** const items = items_of(states, layer.is_lstm() ? 2 : 1);
-  if (!items) return false;
-  layer.h0 = plain(items[0]);
-  if (layer.is_lstm()) layer.c0 = plain(items[1]);
+  std::array<py::object, 2> items;
+  if (!take_items(states, layer.is_lstm() ? 2 : 1, items)) return false;
+  layer.h0 = plain(std::move(items[0]));
+  if (layer.is_lstm()) layer.c0 = plain(std::move(items[1]));
   return layer.h0 && (layer.c0 || !layer.is_lstm());
 }
 
 bool take_weights(PyObject* weights, bool has_biases, Layer& layer) {
-  PyObject** const items = items_of(weights, has_biases ? 4 : 2);
-  if (!items) return false;
-  layer.w_ih = plain(items[0]);
-  layer.w_hh = plain(items[1]);
+  std::array<py::object, 4> items;
+  if (!take_items(weights, has_biases ? 4 : 2, items)) return false;
+  layer.w_ih = plain(std::move(items[0]));
+  layer.w_hh = plain(std::move(items[1]));
   if (!layer.w_ih || !layer.w_hh) return false;
-  if (has_biases) {
-    layer.b_ih = plain(items[2]);
-    layer.b_hh = plain(items[3]);
-    return (layer.b_ih || items[2] == Py_None) && (layer.b_hh || items[3] == Py_None);
-  }
-  return true;
+  const auto take_bias = [](py::object& item, Tensor& bias) {
+    return item.is_none() || (bias = plain(std::move(item)));
+  };
+  return !has_biases || (take_bias(items[2], layer.b_ih) && take_bias(items[3], layer.b_hh));
 }
 
 // Fills in sizes and x; false unless x, states and weights are as `way` has them and fit one another.
 bool take_input(Way way, PyObject* x, bool batch_first, Layer& layer) {
-  if (!(layer.x = plain(x)) || layer.number() == Number::other) return false;
+  if (!(layer.x = plain(py::reinterpret_borrow<py::object>(x))) || layer.number() == Number::other) return false;
   if (batch_first && layer.x.array.shape.axes == 3) layer.x = transposed(layer.x);
   const Index H = layer.w_hh.array.shape.size[1], rows = gate_count(layer.shape.cell) * H;
   if (!take_axes(way, H, layer)) return false;
@@ -194,7 +198,11 @@ std::string_view text(PyObject* object) {
   return {begin, static_cast<std::size_t>(size)};
 }
 
-bool is_true(PyObject* object) { return object == Py_True; }
+bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw py::error_already_set();
+  return truth != 0;
+}
 
 // Python calls these without pybind11 in between, whose dispatch takes as long as reading all tensors; so
 // errors are translated here.

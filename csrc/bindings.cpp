@@ -1,5 +1,6 @@
 // The extension module: integers and addresses in, the GIL released, exceptions out. No arithmetic and no
-// array types; whoever calls has allocated and checked everything (python/rnnfast/ops.py).
+// array types; whoever calls has allocated and checked everything (python/rnnfast/ops.py). Only a layer's
+// forward pass takes tensors (python/layer.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +15,8 @@
 #include "cpu/peaks.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
+#include "python/layer.h"
+#include "python/names.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -37,29 +40,7 @@ void require(Status status) {
   if (status != Status::ok) throw std::invalid_argument(message(status));
 }
 
-Cell cell_named(std::string_view name) {
-  return name == "lstm"   ? Cell::lstm
-         : name == "tanh" ? Cell::rnn_tanh
-         : name == "relu" ? Cell::rnn_relu
-                          : throw std::invalid_argument("unknown cell " + std::string(name));
-}
-
 // Plain numbers, not an object that holds them: making one costs as much as the whole call of a small layer.
-template <class Storage>
-void layer_forward(std::string_view cell, Index T, Index B, Index I, Index H, bool reverse, int threads,
-                   Address x, Address w_ih, Address w_hh, Address b_ih, Address b_hh, Address h0,
-                   Address c0, Address y, Address h_n, Address c_n, Address c, Address gates,
-                   bool halve_w_hh) {
-  using Real = RealOf<Storage>;
-  const LayerForward<Storage> layer{
-      {cell_named(cell), T, B, I, H, reverse, threads},
-      at<Storage>(x),  at<Storage>(w_ih), at<Storage>(w_hh), at<Storage>(b_ih), at<Storage>(b_hh), at<Storage>(h0),
-      at<Real>(c0), at<Storage>(y),    at<Storage>(h_n),  at<Real>(c_n),  at<Real>(c),    at<Real>(gates),
-      halve_w_hh};
-  require(check(layer));
-  cpu::kernels().of<Storage>().forward(layer);
-}
-
 template <class Storage>
 void layer_backward(std::string_view cell, Index T, Index B, Index I, Index H, bool reverse, int threads,
                     Index k1, Index k2, Address dy, Address dh_n, Address dc_n, Address dc, Address x,
@@ -69,7 +50,7 @@ void layer_backward(std::string_view cell, Index T, Index B, Index I, Index H, b
                     Address da_sums, Address b_ih, Address b_hh) {
   using Real = RealOf<Storage>;
   const LayerBackward<Storage> layer{
-      {cell_named(cell), T, B, I, H, reverse, threads},
+      {python::cell_named(cell), T, B, I, H, reverse, threads},
       k1,              k2,              at<Storage>(dy),    at<Storage>(dh_n),  at<Real>(dc_n),
       at<Real>(dc),    at<Storage>(x),     at<Storage>(w_ih),  at<Storage>(w_hh),  at<Storage>(h0),
       at<Real>(c0),    at<Storage>(y),     at<Real>(c),     at<Real>(gates), at<Storage>(dx),
@@ -108,7 +89,7 @@ py::dict build_info() {
 py::dict described(const cpu::Plan& plan) {
   return py::dict("threads"_a = plan.threads,
                   "split"_a = plan.split == cpu::Split::rows ? "rows" : "units",
-                  "pack"_a = plan.pack, "chunk"_a = plan.chunk, "cycles"_a = plan.cycles);
+                  "pack"_a = plan.pack, "dense"_a = plan.dense, "chunk"_a = plan.chunk, "cycles"_a = plan.cycles);
 }
 
 py::dict plan_recurrence(Index steps, Index rows, Index units, Index gates, Index terms,
@@ -146,7 +127,6 @@ py::dict pool_state() {
 template <class Storage>
 void bind_layers(py::module_& module, const std::string& suffix) {
   const auto released = py::call_guard<py::gil_scoped_release>();
-  module.def(("layer_forward_" + suffix).c_str(), &layer_forward<Storage>, released);
   module.def(("layer_backward_" + suffix).c_str(), &layer_backward<Storage>, released);
   module.def(("plan_forward_" + suffix).c_str(), &plan_forward<Storage>);
   module.def(("fma_peak_" + suffix).c_str(), &cpu::fma_peak<Storage>, released);
@@ -156,6 +136,7 @@ void bind_layers(py::module_& module, const std::string& suffix) {
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The native core of rnnfast; use rnnfast's Python modules instead.";
+  python::bind_layer(module);
   bind_layers<float>(module, "float32");
   bind_layers<double>(module, "float64");
   bind_layers<BFloat16>(module, "bfloat16");

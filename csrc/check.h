@@ -41,8 +41,7 @@ Status check(const LayerForward<Storage>& layer) {
   const bool lstm = shape.cell == Cell::lstm, empty = shape.T == 0 || shape.B == 0;
   if (!layer.w_hh || (!layer.w_ih && shape.I > 0)) return Status::missing_argument;
   if (empty) return Status::ok;
-  if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y || !layer.h_n)
-    return Status::missing_argument;
+  if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y) return Status::missing_argument;
   if (lstm && (!layer.c0 || !layer.c_n)) return Status::missing_argument;
   return Status::ok;
 }

@@ -60,7 +60,7 @@ struct LayerForward {
   const Real* c0;       // input   (B, H)     LSTM only, else null
 
   Storage* y;    // output  (T, B, H)       hidden state of every step; an RNN's saved tensor too
-  Storage* h_n;  // output  (B, H)          hidden state after the last step
+  Storage* h_n;  // output  (B, H)          hidden state after the last step; may be null: not wanted
   Real* c_n;     // output  (B, H)          LSTM only, else null
   Real* c;       // saved   (T, B, H)       LSTM: cell state of every step; null: not kept
   Real* gates;   // saved   (T, B, 4, H)    LSTM: i, f, g, o after their nonlinearities; null: not kept

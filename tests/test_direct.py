@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import threading
 from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
@@ -50,6 +51,17 @@ def ways(monkeypatch):
 
         return SimpleNamespace(forward=wrapped("forward"), backward=wrapped("backward"))
 
+    def examined(name):
+        def call(*args):
+            found = getattr(_native.core, name)(*args)
+            if found is not None and found[0] is not None:  # it has computed, too
+                seen.append("short forward")
+            return found
+
+        return call
+
+    entries = ("run_layer", "run_sequence", "run_step")
+    monkeypatch.setattr(direct, "core", SimpleNamespace(**{n: examined(n) for n in entries}))
     monkeypatch.setattr(direct, "cpu", noted("short"))
     monkeypatch.setattr(ops, "cpu", noted("operator"))
     return seen
@@ -119,7 +131,16 @@ def assert_both_ways_agree(module, x, hx, ways, by_operators):
         assert_equal(inferred, flat(by_operators(module, x, hx)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.fixture(params=["exchange", "attributes"])
+def reading(request):
+    """Both ways in which the core may read a tensor."""
+    before = _native.core.use_exchange(request.param == "exchange")
+    yield
+    _native.core.use_exchange(before)
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("with_state", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
@@ -145,15 +166,30 @@ def test_same_bits(name, batched, with_state, bias, dtype, ways, by_operators):
     ],
     ids=str,
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_same_bits_with_options(name, options, ways, by_operators):
-    module = MODULES[name](**options)
-    x = input_of(name)
+def test_same_bits_with_options(name, dtype, options, ways, by_operators):
+    module = MODULES[name](**options, dtype=dtype)
+    x = input_of(name, dtype)
     assert_both_ways_agree(module, x, None, ways, by_operators)
     rows = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
     batch = x.shape[0 if options.get("batch_first") else 1]
-    hx = state_of(name, (rows, batch, 5))
+    hx = state_of(name, (rows, batch, 5), dtype)
     assert_both_ways_agree(module, x.flip(-1)[..., ::1], hx, ways, by_operators)
+
+
+@pytest.mark.parametrize("flag", [1, 2.5, "yes", np.True_, 0, "", np.False_], ids=repr)
+@pytest.mark.parametrize("option", ["batch_first", "bias"])
+@lstm_and_rnn
+def test_options_need_not_be_booleans(name, option, flag):
+    """torch.nn's modules take for true what Python does."""
+    plain, module = MODULES[name](**{option: bool(flag)}), MODULES[name](**{option: bool(flag)})
+    module.load_state_dict(plain.state_dict())
+    setattr(module, option, flag)
+    x = input_of(name)
+    assert_equal(results(module, x, None), results(plain, x, None))
+    with torch.no_grad():
+        assert_equal(flat(module(x)), flat(plain(x)))
 
 
 LAYER_CASES = [
@@ -173,6 +209,7 @@ LAYER_CASES = [
 ]
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("case", LAYER_CASES, ids=str)
 def test_a_layer_has_the_same_bits_in_any_layout(case, monkeypatch, ways):
     names = list(case.inputs(torch.float64))
@@ -193,6 +230,23 @@ def test_a_layer_has_the_same_bits_in_any_layout(case, monkeypatch, ways):
             assert got.keys() == expected.keys()
             for key, value in expected.items():
                 assert torch.equal(got[key], value), (key, want)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch publishes no table"
+)
+def test_tensors_are_read_through_the_exchange_table_where_there_is_one(monkeypatch):
+    """Reading attributes, which this forbids, is for torch versions that have none."""
+    module, x = LSTM(3, 5), torch.randn(4, 2, 3)
+    with torch.no_grad():
+        want = flat(module(x))
+        for attribute in ("data_ptr", "is_contiguous"):
+            monkeypatch.setattr(
+                torch.Tensor, attribute, lambda *_: pytest.fail("read by attributes"), raising=False
+            )
+        got = flat(module(x))
+    monkeypatch.undo()
+    assert_equal(got, want)
 
 
 # Autograd
@@ -220,6 +274,24 @@ def test_gradients_nobody_needs_are_not_computed(name, monkeypatch):
         want = [False] * 6
         want[{0: 0, 1: 3, 2: 4, 3: 5, 4: 5}[index]] = True
         assert wants.pop() == tuple(want)
+
+
+@pytest.mark.parametrize("recording", [False, True])
+@every_module
+def test_results_may_be_written_on(name, recording):
+    """As masks do on a carried state: h of a cell, and y where it is no saved tensor."""
+    module, x = MODULES[name](), input_of(name)
+    results = ("h", "c") if "Cell" in name else ("y", "h", "c")
+    with torch.set_grad_enabled(recording):
+        for index, result in zip(range(3), results, strict=False):
+            outputs = flat(module(x))
+            if index >= len(outputs) or (recording and result == "y"):
+                continue
+            others = [o.clone() for i, o in enumerate(outputs) if i != index]
+            outputs[index].mul_(0)
+            assert_equal([o for i, o in enumerate(outputs) if i != index], others)
+            if recording:
+                sum(o.sum() for o in outputs).backward()
 
 
 @lstm_and_rnn
@@ -409,6 +481,34 @@ def test_weights_may_be_replaced_at_any_time(name):
         torch.testing.assert_close(module(x)[0], theirs(x)[0])
 
 
+@every_module
+def test_what_a_module_says_of_itself_may_change_at_any_time(name):
+    x, bad = input_of(name), {"truncate": 0, "memory": "lower", "nonlinearity": "lstm"}
+    changes = ["truncate"] * ("Cell" not in name) + ["memory"] * (name == "LSTM")
+    changes += ["nonlinearity"] * ("RNN" in name)
+    for change in changes:
+        module = MODULES[name]()
+        module(x)
+        setattr(module, change, bad[change])
+        with pytest.raises((ValueError, RuntimeError), match=change):
+            module(x)
+        setattr(module, change, [])
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            module(x)
+
+
+@pytest.mark.parametrize("name", ["RNN tanh", "RNNCell tanh"])
+def test_a_nonlinearity_is_not_the_name_of_another_cell(name):
+    """Not even where the weights would fit."""
+    module = MODULES[name]()
+    for key, parameter in module.named_parameters():
+        rows = torch.randn(4 * len(parameter), *parameter.shape[1:])
+        setattr(module, key, torch.nn.Parameter(rows))
+    module.nonlinearity = "lstm"
+    with pytest.raises((ValueError, RuntimeError), match=r"'tanh' or 'relu'|weight_hh"):
+        module(input_of(name))
+
+
 RESIZED = {
     "weight_ih_l0": [(20, 2), (19, 3), (60,)],
     "weight_hh_l0": [(20, 4), (5, 5), (), (100,)],
@@ -417,19 +517,18 @@ RESIZED = {
 }
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("weight", RESIZED)
-def test_sizes_are_looked_at_in_every_call(weight, monkeypatch):
+def test_sizes_are_looked_at_in_every_call(weight, ways):
     module, x = LSTM(3, 5), torch.randn(4, 2, 3)
     module(x)
-    for direction in ("forward", "backward"):
-        monkeypatch.setattr(
-            _native.core, f"layer_{direction}_float32", lambda *_: pytest.fail("the kernel ran")
-        )
+    ways.clear()
     for shape in RESIZED[weight]:
         getattr(module, weight).data = torch.zeros(shape)
         for context in (torch.no_grad(), nullcontext()):
             with context, pytest.raises(RuntimeError, match=r"^LSTM: .*(shape|size)"):
                 module(x)
+    assert not ways  # no kernel ran
 
 
 # Where the operators are needed
@@ -499,6 +598,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("kind", UNUSUAL)
 @every_module
 def test_unusual_tensors_go_through_the_operators(name, kind, ways):
@@ -510,6 +610,7 @@ def test_unusual_tensors_go_through_the_operators(name, kind, ways):
     assert ways == ["operator forward"]
 
 
+@pytest.mark.usefixtures("reading")
 @every_module
 def test_a_tensor_that_left_a_transformation(name):
     module, x, left = MODULES[name](), input_of(name), []
@@ -517,6 +618,7 @@ def test_a_tensor_that_left_a_transformation(name):
     assert_equal(flat(module(left[0])), flat(module(x)))
 
 
+@pytest.mark.usefixtures("reading")
 @lstm_and_rnn
 def test_unusual_weights_and_states_go_through_the_operators(name, ways):
     module, x = MODULES[name](), input_of(name)
@@ -536,6 +638,7 @@ def test_unusual_weights_and_states_go_through_the_operators(name, ways):
     assert ways == ["operator forward"]
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @lstm_and_rnn
@@ -643,3 +746,111 @@ def test_numpy_sees_what_was_computed():
     y, (h_n, c_n) = LSTM(3, 5).requires_grad_(False)(torch.randn(1, 1, 3))
     assert np.array_equal(y.numpy(), h_n.numpy())
     assert len({t.data_ptr() for t in (y, h_n, c_n)}) == 3
+
+
+# The core's own functions
+
+
+def arguments_of(entry, x, states, weights, grad):
+    return {
+        "run_layer": ("lstm", x, states, weights, False, "nothing", False, grad),
+        "run_sequence": ("lstm", x, states, weights, True, False, False, grad),
+        "run_step": ("lstm", x, states, weights, False, grad),
+    }[entry]
+
+
+def layer_of(entry):
+    module = LSTM(3, 5)
+    x, lead = (torch.randn(2, 3), (2,)) if entry == "run_step" else (torch.randn(4, 2, 3), (1, 2))
+    states = state_of("LSTM", (*lead[-1:], 5) if entry == "run_layer" else (*lead, 5))
+    return x, states, tuple(module.parameters())
+
+
+every_entry = pytest.mark.parametrize("entry", ["run_layer", "run_sequence", "run_step"])
+NO_TENSORS = [None, 1, "x", (), [], object(), torch.float32, np.zeros((4, 2, 3), np.float32)]
+
+
+@pytest.mark.usefixtures("reading")
+@every_entry
+def test_anything_may_stand_in_the_place_of_a_tensor(entry):
+    x, states, weights = layer_of(entry)
+    run = getattr(_native.core, entry)
+    assert run(*arguments_of(entry, x, states, weights, False)) is not None
+    uninitialised = torch.nn.parameter.UninitializedParameter()
+    five_axes, empty = torch.zeros(1, 1, 1, 1, 1), torch.zeros(0, 2, 3)
+    for wrong in (*NO_TENSORS, uninitialised, five_axes, empty):
+        given = [(wrong, states, weights)]
+        given += [(x, s, weights) for s in (wrong, (states[0], wrong), (wrong, states[1]))]
+        given += [(x, states, wrong)]
+        given += [(x, states, (*weights[:i], wrong, *weights[i + 1 :])) for i in range(4)]
+        for several in given:
+            if wrong is None and (several[1] is None or several[2] is not weights):
+                continue  # a state and biases may be absent
+            assert run(*arguments_of(entry, *several, False)) is None
+    assert run(
+        *arguments_of(entry, x, states, (*weights[:2], None, weights[3]), False)
+    ) is None or (entry == "run_layer")
+    for count in (0, 1, 5, 9):
+        with pytest.raises(ValueError, match="number of arguments"):
+            run(*[None] * count)
+    with pytest.raises(ValueError, match="unknown cell"):
+        run("gru", *arguments_of(entry, x, states, weights, False)[1:])
+
+
+@pytest.mark.parametrize("which", ["states", "weights"])
+@every_entry
+def test_a_list_may_change_while_it_is_read(entry, which, monkeypatch):
+    """As another thread may do whenever reading a tensor lets it run."""
+    x, states, weights = layer_of(entry)
+    run = getattr(_native.core, entry)
+    want = run(*arguments_of(entry, x, states, weights, False))
+    first, *_ = changing = [*(states if which == "states" else weights)]
+    others = []
+
+    def is_neg(tensor):
+        if tensor is first:
+            count = len(changing)
+            changing.clear()
+            others.extend([1] * count for _ in range(20))  # where its items stood
+        return False
+
+    monkeypatch.setattr(torch.Tensor, "is_neg", is_neg, raising=False)
+    given = (changing, weights) if which == "states" else (states, changing)
+    got = run(*arguments_of(entry, x, *given, False))
+    monkeypatch.undo()
+    assert others
+    assert_equal([t for t in got if t is not None], [t for t in want if t is not None])
+
+
+@pytest.mark.usefixtures("reading")
+@every_entry
+def test_no_object_is_kept_or_lost(entry):
+    x, states, weights = layer_of(entry)
+    run = getattr(_native.core, entry)
+    sparse, strided = x.to_sparse(), x.transpose(0, -1).contiguous().transpose(0, -1)
+    objects = [x, sparse, strided, *states, *weights, None, torch.float32, torch.Tensor]
+
+    def calls():
+        for grad in (False, True):
+            run(*arguments_of(entry, x, states, weights, grad))
+            run(*arguments_of(entry, strided, states, weights, grad))
+            run(*arguments_of(entry, sparse, states, weights, grad))
+            run(*arguments_of(entry, x, states, (*weights[:3], x), grad))
+            if entry != "run_layer":
+                run(*arguments_of(entry, x, None, weights, grad))
+
+    calls()
+    before = [sys.getrefcount(o) for o in objects]
+    for _ in range(100):
+        calls()
+    after = [sys.getrefcount(o) for o in objects]
+    assert all(abs(a - b) < 50 for a, b in zip(after, before, strict=True))
+
+
+def test_an_allocation_that_fails_is_an_error(monkeypatch):
+    def new_empty(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    with torch.no_grad(), pytest.raises(MemoryError, match="no room"):
+        LSTM(3, 5)(torch.randn(4, 2, 3))

@@ -48,6 +48,13 @@ EDGES = [
     (2, 4, 65, 63),
     (3, 7, 4, 130),  # sums over H and 4H in pieces
     (2, 3, 530, 3),  # dW_ih in more than eight panels of columns, whatever their width
+    (
+        3,
+        7,
+        129,
+        20,
+    ),  # gates leave lanes without work: the projection's columns are dense
+    (2, 131, 129, 35),  # the same in two blocks of rows
     (1, 6, 15, 33),  # one tile of rows, two panels of RNN units in AVX-512
     # Below, too few uses of a weight to pack it.
     (1, 1, 300, 1),

@@ -5,8 +5,6 @@ The modules check more and say it better; these are the operators called directl
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from one_layer import Case
@@ -47,8 +45,8 @@ def no_kernel(monkeypatch):
     def reached(*_):
         pytest.fail("the kernel ran")
 
-    for direction, dtype in itertools.product(("forward", "backward"), ("float32", "float64")):
-        monkeypatch.setattr(_native.core, f"layer_{direction}_{dtype}", reached)
+    for name in ("forward", "layer_backward_float32", "layer_backward_float64"):
+        monkeypatch.setattr(_native.core, name, reached)
 
 
 def call(cell, **changes):

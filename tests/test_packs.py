@@ -117,6 +117,28 @@ def test_threads_share_the_fingerprint():
     assert counts() == (reused + 1, packed)
 
 
+def test_dense_columns_are_packs_of_their_own():
+    """One thread projects them without gaps between gates, two threads share them by gates."""
+    width = core.plan_forward_float32(4, 1, 1, 1, 1, 1)["vector_width"]
+    T, I, H = 500, 40 * width, 6 * width + width // 4
+    if core.cache_bytes()[1] < 512 << 10:
+        pytest.skip("so small an L2 cache has no room for the sums")
+    plans = [core.plan_forward_float32(4, T, 1, I, H, count) for count in (1, 2)]
+    assert [plan["dense"] for plan in plans] == [True, False]
+    layer, x = rnnfast.LSTM(I, H), torch.randn(T, 1, I)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 1, 2, 1, 2):
+            torch.set_num_threads(count)
+            results.append(run(layer, x))
+    finally:
+        torch.set_num_threads(threads)
+    for got in results[1:]:
+        assert_identical(got, results[0])
+    assert core.pool_state()["packs"] == 2
+
+
 def test_calls_that_record_gradients_reuse_too(x):
     layer = rnnfast.LSTM(I, H)
     warm(layer, x)

@@ -94,6 +94,27 @@ def test_slices_that_fit_a_cache_are_worth_a_barrier():
     assert plan(*sizes, 4, l2_bytes=16 << 20)["split"] == "rows"
 
 
+@pytest.mark.parametrize("number", ["float32", "float64", "bfloat16"])
+def test_dense_columns_are_for_gates_that_leave_lanes(number, isa):
+    def plan_forward(gates, T, B, I, H, threads=1):
+        return getattr(_native.core, f"plan_forward_{number}")(gates, T, B, I, H, threads)
+
+    width = plan_forward(4, 1, 1, 1, 1)["vector_width"]
+    for I, more in itertools.product((1, 64, 1000), range(width + 1)):
+        H = width + more
+        chosen = plan_forward(4, 40, 9, I, H)
+        saves = 4 * -(-H // width) > -(-4 * H // width)
+        if I != 64:  # there it depends on how much is saved
+            assert chosen["dense"] == (saves and I == 1000)
+        assert saves or not chosen["dense"]
+        assert not plan_forward(1, 40, 9, I, H)["dense"]
+        assert not plan_forward(4, 2, 2, I, H)["dense"]  # nothing is packed
+    assert plan_forward(4, 40, 9, 1000, width + 1)["dense"]
+    assert not plan_forward(4, 40, 9, 10**6, 1000 * width + 1)["dense"]  # rows of 4 H sums
+    shared = plan_forward(4, 500, 1, 1000, 6 * width + 1, threads=2)
+    assert (shared["split"], shared["dense"]) == ("units", False)
+
+
 def test_a_chunk_is_a_block_of_rows_of_one_thread():
     for sizes, threads, chunk in (
         ((500, 1, 8, 8), 1, 128),

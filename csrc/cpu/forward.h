@@ -73,6 +73,36 @@ struct ChunkSums {
   }
 };
 
+// The sums of a block of rows whose columns stand without gaps between gates, until they are spread to where the
+// recurrence finds them.
+template <class Element>
+struct DenseSums {
+  using Real = SumOf<Element>;
+  Columns<Element> columns;
+  Index H;
+  Real* first;
+
+  static Index row_size(const Columns<Element>& columns) { return columns.panels() * panel_width<Element>; }
+  static Index size(const Columns<Element>& columns) { return row_block * row_size(columns); }
+  Real* row(Piece piece, Index r) const {
+    return first + r * row_size(columns) + piece.panel * panel_width<Element> + piece.first * Vec<Real>::width;
+  }
+
+  // Row r, as row m of the chunk.
+  void spread(Index r, const Columns<Element>& gates, const ChunkSums<Element>& chunk, Index m) const {
+    using V = Vec<Real>;
+    const Real* from = first + r * row_size(columns);
+    for (Index panel = 0; panel < gates.panels(); ++panel) {
+      Real* to = chunk.row({panel, 0, tile_vectors}, m);
+      const Index lanes = gates.lanes(panel, 0);
+      for (Index v = 0; v < tile_vectors; ++v, to += V::width) {
+        const Real* vector = from + gates.column(panel, v);
+        (lanes == V::width ? V::load(vector) : V::load(vector, lanes)).store(to);
+      }
+    }
+  }
+};
+
 // The line that holds the end of a vector; the line of its beginning came with the vector before it.
 template <class Storage>
 RNNFAST_INLINE void prefetch_vector(const Storage* from) {
@@ -169,13 +199,14 @@ struct RnnForward {
 template <class Storage, class CellLayer, class Input, class Hidden>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& layer,
                   const CellLayer& cell_layer, const Input& w_ih, const Hidden& w_hh,
-                  const ChunkSums<ElementOf<Storage>>& chunk) {
+                  const ChunkSums<ElementOf<Storage>>& chunk, RealOf<Storage>* dense_sums) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
   constexpr Index width = Vec<Real>::width;
   constexpr Index gates = CellLayer::gates;
   const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
   const Columns<Element>& columns = w_hh.columns;
+  const DenseSums<Element> dense{w_ih.columns, H, dense_sums};
   const Part part = part_of(team, plan, B, columns.unit_vectors());
   const Index rows = part.rows.size();
   const Index blocks = ceil_div(rows, row_block);
@@ -196,11 +227,15 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
         in[r] = as_elements(layer.x + (step(begin + s).t * B + b) * I);
         m[r] = s * B + b;
       }
-      for_each_piece(columns, part.unit_vectors, false, [&](Piece piece) {
+      const Range vectors = plan.dense ? Range{0, w_ih.columns.unit_vectors()} : part.unit_vectors;
+      for_each_piece(w_ih.columns, vectors, false, [&](Piece piece) {
         Real* sums[row_block];
-        for (Index r = 0; r < own.size(); ++r) sums[r] = chunk.row(piece, m[r]);
+        for (Index r = 0; r < own.size(); ++r)
+          sums[r] = plan.dense ? dense.row(piece, r) : chunk.row(piece, m[r]);
         w_ih.multiply(own.size(), piece, in, {sums, width, false});
       });
+      if (plan.dense)
+        for (Index r = 0; r < own.size(); ++r) dense.spread(r, columns, chunk, m[r]);
     }
 
     for (Index p = begin; p < end; ++p) {
@@ -243,7 +278,7 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
   const Index units = std::min(part.unit_vectors.end * width, H) - unit;
   for (Index b = part.rows.begin; b < part.rows.end; ++b) {
     const Index from = (last * B + b) * H + unit, to = b * H + unit;
-    std::copy_n(layer.y + from, units, layer.h_n + to);
+    if (layer.h_n) std::copy_n(layer.y + from, units, layer.h_n + to);
     if (layer.c) std::copy_n(layer.c + from, units, layer.c_n + to);
   }
 }
@@ -257,41 +292,45 @@ void run_forward(const LayerForward<Storage>& layer) {
   const LayerShape& shape = layer.shape;
   const Columns<Element> columns{shape.H, gates};
   const Plan plan = plan_forward(shape, engine<Element>());
-  const Index ih_count = plan.pack ? Packed<Element>::size(columns, shape.I) : 0;
+  const Columns<Element> ih_columns = plan.dense ? Columns<Element>{columns.count(), 1} : columns;
+  const Index ih_count = plan.pack ? Packed<Element>::size(ih_columns, shape.I) : 0;
   const Index hh_count = plan.pack ? Packed<Element, Weight>::size(columns, shape.H) : 0;
   const Index chunk_rows = plan.chunk * shape.B;
   const Index chunk_count = ChunkSums<Element>::size(columns, chunk_rows);
+  const Index dense_count = plan.dense ? DenseSums<Element>::size(ih_columns) : 0;  // of a thread
 
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
   const auto element_bytes = [](Index count) { return Workspace::bytes_for<Element>(count); };
   const std::size_t packed_bytes = element_bytes(ih_count) + Workspace::bytes_for<Weight>(hh_count);
   Pack pack({layer.w_ih, layer.w_hh, shape.I, shape.H, gates, Vec<Element>::width, sizeof(Storage),
-             parts_of<Element, Weight> == 2},
+             parts_of<Element, Weight> == 2, plan.dense},
             packed_bytes, hash_bytes);
   const std::size_t own_bytes = pack.memory() ? 0 : packed_bytes;
   Workspace& workspace =
-      Workspace::with_room(own_bytes + bytes(columns.count()) + bytes(chunk_count));
+      Workspace::with_room(own_bytes + bytes(columns.count()) + bytes(chunk_count) +
+                           bytes(dense_count * plan.threads));
   auto* own = workspace.take<std::byte>(static_cast<Index>(own_bytes));
   std::byte* packed = pack.memory() ? pack.memory() : own;
   auto* packed_ih = reinterpret_cast<Element*>(packed);
   auto* packed_hh = reinterpret_cast<Weight*>(packed + element_bytes(ih_count));
   Real* bias = workspace.take<Real>(columns.count());
   const ChunkSums<Element> chunk{workspace.take<Real>(chunk_count), chunk_rows};
+  Real* dense_sums = workspace.take<Real>(dense_count * plan.threads);
   add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
 
   auto body = [&](Team& team) {
     const auto part = [&](const auto& w_ih, const auto& w_hh) {
-      forward_part(team, plan, layer, CellLayer{layer, bias}, w_ih, w_hh, chunk);
+      forward_part(team, plan, layer, CellLayer{layer, bias}, w_ih, w_hh, chunk,
+                   dense_sums + team.rank * dense_count);
     };
     if (!plan.pack)
       return part(UnpackedColumns<Element>{columns, shape.I, layer.w_ih},
                   UnpackedColumns<Element, Weight>{columns, shape.H, layer.w_hh});
     pack.refresh(team, [&] {
-      const Range panels = team.share(columns.panels());
-      pack_columns(columns, panels, shape.I, layer.w_ih, packed_ih);
-      pack_columns(columns, panels, shape.H, layer.w_hh, packed_hh);
+      pack_columns(ih_columns, team.share(ih_columns.panels()), shape.I, layer.w_ih, packed_ih);
+      pack_columns(columns, team.share(columns.panels()), shape.H, layer.w_hh, packed_hh);
     });
-    part(Packed<Element>{columns, shape.I, packed_ih}, Packed<Element, Weight>{columns, shape.H, packed_hh});
+    part(Packed<Element>{ih_columns, shape.I, packed_ih}, Packed<Element, Weight>{columns, shape.H, packed_hh});
   };
   run_team(plan.threads, body);
   pack.settle();

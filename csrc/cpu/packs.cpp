@@ -51,7 +51,7 @@ void trim(Pool& pool) {
 bool PackKey::operator==(const PackKey& other) const {
   return w_ih == other.w_ih && w_hh == other.w_hh && I == other.I && H == other.H &&
          gates == other.gates && vector_width == other.vector_width && real_bytes == other.real_bytes &&
-         halved_hh == other.halved_hh;
+         halved_hh == other.halved_hh && dense_ih == other.dense_ih;
 }
 
 Pack::Pack(const PackKey& key, std::size_t bytes, HashBytes hash) : hash_(hash) {

@@ -35,6 +35,7 @@ struct PackKey {
   Index I, H, gates;
   Index vector_width, real_bytes;
   bool halved_hh;  // w_hh is kept as bfloat16
+  bool dense_ih;   // w_ih's columns stand without gaps between gates
 
   bool operator==(const PackKey& other) const;
 };

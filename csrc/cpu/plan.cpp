@@ -10,6 +10,7 @@ namespace {
 constexpr double barrier_cycles = 800;       // a hand-over between cores, there and back
 constexpr double region_cycles = 15000;      // waking the pool and joining it
 constexpr double cell_cycles_per_gate = 15;  // nonlinearities, for a vector of units
+constexpr double spread_cycles = 4;          // moving a vector of sums
 
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
@@ -25,6 +26,16 @@ double step_cycles(const Recurrence& work, const Engine& engine, Index rows, Ind
   const double cell = double(rows * vectors * work.gates) * cell_cycles_per_gate;
   const double products = double(work.product_terms) * columns * double(rows) / 2;
   return std::max(multiply, weights / bytes_per_cycle) + cell + products;
+}
+
+// Whether vectors that are saved in the products outweigh those that are moved, and a block of rows of sums stays
+// in the L2 cache meanwhile.
+bool dense_pays(const LayerShape& shape, Index product_terms, const Engine& engine) {
+  const Index gates = gate_count(shape.cell), columns = gates * shape.H;
+  const Index moved = gates * ceil_div(shape.H, engine.vector_width);
+  const Index saved = moved - ceil_div(columns, engine.vector_width);
+  return double(saved * product_terms) / 2 > spread_cycles * double(moved) &&
+         engine.row_block * columns * engine.real_bytes <= engine.l2_bytes / 2;
 }
 
 }  // namespace
@@ -60,9 +71,11 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
 
 Plan plan_forward(const LayerShape& shape, const Engine& engine) {
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
-  return plan_recurrence(
+  Plan plan = plan_recurrence(
       {shape.T, shape.B, shape.H, gate_count(shape.cell), lanes(shape.H), lanes(shape.I)}, engine,
       shape.threads);
+  plan.dense = plan.pack && plan.split == Split::rows && dense_pays(shape, lanes(shape.I), engine);
+  return plan;
 }
 
 Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, const Engine& engine) {

@@ -8,6 +8,10 @@
 // A chunk of steps is projected, then run through: as many steps as make a full block of rows of one thread,
 // so that the projection uses its weights often, and its results are still in cache when the recurrence
 // comes by.
+//
+// The recurrence has the four gates of a vector of hidden units side by side, so with 20 units in vectors of 16
+// it computes 8 vectors where 5 hold all columns. The projection, whose sums nobody needs gate by gate, can do
+// with the 5, for the price of moving its sums to where the recurrence adds to them.
 #pragma once
 
 #include "../rnnfast.h"
@@ -40,6 +44,7 @@ struct Plan {
   int threads;
   Split split;
   bool pack;      // the weights; else they are read where they lie
+  bool dense;     // the projection's columns stand without gaps, and its sums are spread afterwards
   Index chunk;    // steps
   double cycles;  // estimated
 };

@@ -22,7 +22,6 @@ KEEP = ("nothing", "cells", "all")
 Sizes = tuple[int, int, int, int]  # T, B, I, H
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_FORWARD = {dtype: f"layer_forward_{precision(dtype)}" for dtype in _DTYPES}
 _BACKWARD = {dtype: f"layer_backward_{precision(dtype)}" for dtype in _DTYPES}
 
 
@@ -55,25 +54,8 @@ def forward(
     sequence, a single step, a stack of one layer): y and the final states then have the same. What
     an RNN does not have is None, and c0 tells: it is None too. halve_w_hh is for float32 alone.
     """
-    T, B, I, H = sizes
-    x, h0, w_ih, w_hh = x.contiguous(), h0.contiguous(), w_ih.contiguous(), w_hh.contiguous()
-    b_ih, b_hh = _dense(b_ih), _dense(b_hh)
-    state_shape = h0.shape
-    y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(*state_shape)
-    c_n = c = gates = None
-    if c0 is not None:
-        c0, c_n = c0.contiguous(), c0.new_empty(*state_shape)
-        if keep != "nothing":
-            c = c0.new_empty(T, B, H)
-        if keep == "all":
-            gates = c0.new_empty(T, B, 4, H)
-    getattr(core, _FORWARD[x.dtype])(
-        cell, T, B, I, H, reverse, torch.get_num_threads(),
-        x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(b_ih), _address(b_hh),
-        h0.data_ptr(), _address(c0),
-        y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), _address(gates), halve_w_hh,
-    )  # fmt: skip
-    return y, h_n, c_n, c, gates
+    states, weights = (h0, c0), (w_ih, w_hh, b_ih, b_hh)
+    return core.forward(cell, sizes, reverse, keep, x, *states, *weights, halve_w_hh)
 
 
 def backward(

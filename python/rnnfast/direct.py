@@ -9,26 +9,27 @@ that word the error. Both ways compute by the same functions of `cpu`: same bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
-    _functorch,
     _get_tracing_state,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad, profiler
+from torch.compiler import is_compiling
 
 from . import cpu, ops
-from .cpu import GATES, Sizes
+from ._native import accumulator, core
+from .cpu import GATES
 from .halved import is_wished
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # y, h_n, c_n, c; RNNs have no c
-# What x.shape says of a call: T, B, and the axes of a state before its last.
-Axes = Callable[[torch.Size], tuple[int, int, tuple[int, ...]]]
 
 
 # Where the short way is open
@@ -37,10 +38,10 @@ Axes = Callable[[torch.Size], tuple[int, int, tuple[int, ...]]]
 def _watched() -> bool:
     """Whether something is active that wants to see, record or replace operator calls."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
-        or _functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
         or profiler._is_profiler_enabled
@@ -48,130 +49,24 @@ def _watched() -> bool:
 
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-_DTYPES = frozenset({torch.float32, torch.float64})
 
 
-def _plain(tensor: object, dtype: torch.dtype) -> bool:
-    """Whether data_ptr() leads to a CPU tensor's very elements, of this dtype.
-
-    RuntimeError from a tensor that has no storage, such as a sparse one. A lazy negation
-    (z.conj().imag) and lazy zeros are not there to be read; nor are the elements of an empty
-    tensor.
-    """
-    return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.dtype is dtype
-        and tensor.is_cpu
-        and not tensor.is_neg()
-        and tensor.data_ptr() != 0
-    )
+def _record(found, cell, x, weights, reverse=False, k1=0, k2=0, keep="all") -> Results | None:
+    """The same call with its gradient; `found` is what the core's function gave for it."""
+    if keep == "nothing":
+        return None  # the operator refuses when the gradient is asked for
+    _, sizes, h0, c0 = found
+    k1, k2 = ops.window(sizes[0], k1, k2)
+    return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
 
 
-class _Unusual(Exception):
-    """The arguments are for the general way to handle, or to refuse."""
+def _as_x(c_n: Tensor | None, x: Tensor) -> Tensor | None:
+    return c_n if c_n is None or c_n.dtype is x.dtype else c_n.to(x.dtype)
 
 
-def _of_layer(shape: torch.Size) -> tuple[int, int, tuple[int, ...]]:
-    T, B, _ = shape
-    return T, B, (B,)
-
-
-def _of_sequence(shape: torch.Size) -> tuple[int, int, tuple[int, ...]]:
-    if len(shape) == 2:
-        return shape[0], 1, (1,)
-    T, B, _ = shape
-    return T, B, (1, B)
-
-
-def _of_cell(shape: torch.Size) -> tuple[int, int, tuple[int, ...]]:
-    if len(shape) == 1:
-        return 1, 1, ()
-    B, _ = shape
-    return 1, B, (B,)
-
-
-def _examine(
-    cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Weights, axes: Axes
-) -> tuple[Sizes, Tensor, Tensor | None, bool]:
-    """(T, B, I, H), h0, c0, and whether a gradient may be asked for.
-
-    Raises _Unusual, ValueError or RuntimeError unless every tensor is plain and fits the others.
-    """
-    if type(x) not in _PLAIN_TYPES or x.dtype not in _DTYPES or _watched():
-        raise _Unusual
-    if states is None:
-        given = (x, *weights)
-    elif type(states) in (tuple, list):
-        given = (x, *states, *weights)
-    else:
-        raise _Unusual
-    dtype = x.dtype
-    needs_grad = False
-    recording = torch.is_grad_enabled()
-    for tensor in given:
-        if tensor is not None:
-            if not _plain(tensor, dtype):
-                raise _Unusual
-            if recording and tensor.requires_grad:
-                needs_grad = True
-
-    shape = x.shape
-    T, B, lead = axes(shape)
-    I = shape[-1]
-    w_ih, w_hh, b_ih, b_hh = weights
-    rows, H = w_hh.shape
-    state_shape = (*lead, H)
-    lstm = cell == "lstm"
-    if states is None:
-        h0 = x.new_zeros(*state_shape)
-        c0 = h0 if lstm else None
-    elif lstm:
-        h0, c0 = states
-    else:
-        (h0,), c0 = states, None
-    if (
-        rows != GATES[cell] * H
-        or w_ih.shape != (rows, I)
-        or (b_ih is not None and b_ih.shape != (rows,))
-        or (b_hh is not None and b_hh.shape != (rows,))
-        or h0 is None
-        or h0.shape != state_shape
-        or (lstm and (c0 is None or c0.shape != state_shape))
-    ):
-        raise _Unusual
-    return (T, B, I, H), h0, c0, needs_grad
-
-
-def _run(
-    cell: str,
-    x: Tensor,
-    states: Sequence[Tensor] | None,
-    weights: Weights,
-    axes: Axes,
-    reverse: bool = False,
-    k1: int = 0,
-    k2: int = 0,
-    keep: str = "all",
-    cells: bool = False,
-) -> Results | None:
-    """One layer in one direction; None if the call has to go the general way.
-
-    keep: what an LSTM keeps if a gradient may be asked for. cells: c is wanted even if none may.
-    """
-    try:
-        sizes, h0, c0, needs_grad = _examine(cell, x, states, weights, axes)
-    except (_Unusual, ValueError, RuntimeError):
-        return None
-    if needs_grad:
-        if keep == "nothing":
-            return None  # the operator refuses when the gradient is asked for
-        k1, k2 = ops.window(sizes[0], k1, k2)
-        return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
-    keep = "cells" if cells else "nothing"
-    return cpu.forward(cell, sizes, reverse, keep, x, h0, c0, *weights, is_wished())[:4]
-
-
-# For the functional layer, which goes its own general way where these give None
+# The core's functions below see whether every tensor is plain, and fits; if so, they compute, or
+# give sizes and states where a gradient may be asked for. Else they give None, and so do these,
+# for the functional layer to go the general way.
 
 
 def sequence(
@@ -189,34 +84,116 @@ def sequence(
     weights w_ih, w_hh and, with `bias`, b_ih and b_hh. keep: as the operators take it, of effect
     only if a gradient may be asked for.
     """
-    if len(weights) != (4 if bias else 2):
+    if _watched():
         return None
-    w_ih, w_hh, b_ih, b_hh = weights if bias else (*weights, None, None)
-    if bias and (b_ih is None or b_hh is None):
-        return None
-    swap = batch_first and type(x) in _PLAIN_TYPES and x.dim() == 3
+    return _sequence(cell, x, states, weights, bias, batch_first, keep)
+
+
+def _sequence(cell, x, states, weights, bias, batch_first, keep) -> Results | None:
+    found = core.run_sequence(
+        cell, x, states, weights, bias, batch_first, is_wished(), is_grad_enabled()
+    )
+    if found is None or found[0] is not None:
+        return found
+    swap = batch_first and x.dim() == 3
     steps = x.transpose(0, 1) if swap else x
-    results = _run(cell, steps, states, (w_ih, w_hh, b_ih, b_hh), _of_sequence, keep=keep)
-    if swap and results is not None:
-        return results[0].transpose(0, 1), *results[1:]
-    return results
-
-
-def step(cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Weights) -> Results | None:
-    """One step: x (B, I) or (I,), states (B, H) or (H,), None for zeros; both biases or none."""
-    if (weights[2] is None) != (weights[3] is None):
+    results = _record(found, cell, steps, weights if bias else (*weights, None, None), keep=keep)
+    if results is None:
         return None
-    return _run(cell, x, states, weights, _of_cell)
+    y, h_n, c_n, c = results
+    return y.transpose(0, 1) if swap else y, h_n, _as_x(c_n, x), c
+
+
+def step(
+    cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Weights
+) -> tuple[Tensor, Tensor | None] | None:
+    """One step: h and c of shape (B, H) or (H,); c is None for an RNN.
+
+    x (B, I) or (I,), states (B, H) or (H,), None for zeros; both biases or none.
+    """
+    return None if _watched() else _step(cell, x, states, weights)
+
+
+def _step(cell, x, states, weights) -> tuple[Tensor, Tensor | None] | None:
+    found = core.run_step(cell, x, states, weights, is_wished(), is_grad_enabled())
+    if found is None:
+        return None
+    h, _, c, _ = found
+    if h is None:  # h_n rather than y, which is saved: callers may write on what they get
+        _, h, c, _ = _record(found, cell, x, weights)
+        c = _as_x(c, x)
+    return h, c
+
+
+# For modules: the same with the arguments that they hold. They are taken from the module's own
+# dictionary, as every attribute goes through Module.__getattr__'s slot, five times as slowly.
+
+_RNN_CELLS = {"tanh": "tanh", "relu": "relu"}  # by nonlinearity
+_MATRICES, _BIASES = ("weight_ih", "weight_hh"), ("bias_ih", "bias_hh")
+_LAYER_MATRICES = itemgetter(*(f"{name}_l0" for name in _MATRICES))
+_LAYER_WEIGHTS = itemgetter(*(f"{name}_l0" for name in (*_MATRICES, *_BIASES)))
+_CELL_WEIGHTS = itemgetter(*_MATRICES, *_BIASES)
+
+
+def module_sequence(
+    module: torch.nn.RNNBase, cell: str | None, x: Tensor, states: Sequence[Tensor] | None
+) -> Results | None:
+    """What `module` computes, if that is one layer in one direction without more ado.
+
+    cell: None for the one that its nonlinearity says.
+    """
+    if _watched():
+        return None
+    own = module.__dict__
+    try:
+        cell = cell or _RNN_CELLS[own["nonlinearity"]]
+        if (
+            own["num_layers"] != 1
+            or own["bidirectional"]
+            or own["proj_size"]
+            or own.get("truncate") is not None
+            or own.get("memory", "normal") != "normal"
+        ):
+            return None
+        bias = own["bias"]
+        weights = (_LAYER_WEIGHTS if bias else _LAYER_MATRICES)(own["_parameters"])
+    except (KeyError, TypeError):  # a parametrization stands there, or what is no nonlinearity
+        return None
+    return _sequence(cell, x, states, weights, bias, own["batch_first"], "all")
+
+
+def module_step(
+    module: torch.nn.RNNCellBase, cell: str | None, x: Tensor, states: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """What `module` computes; cell as above."""
+    if _watched():
+        return None
+    own = module.__dict__
+    try:
+        cell = cell or _RNN_CELLS[own["nonlinearity"]]
+        weights = _CELL_WEIGHTS(own["_parameters"])
+    except (KeyError, TypeError):
+        return None
+    return _step(cell, x, states, weights)
 
 
 # For stacks: the operators' signatures
 
 
+def _layer(cell, x, states, weights, reverse, k1, k2, keep) -> Results | None:
+    if _watched():
+        return None
+    kept = "nothing" if keep == "nothing" else "cells"
+    found = core.run_layer(cell, x, states, weights, reverse, kept, is_wished(), is_grad_enabled())
+    if found is None or found[0] is not None:
+        return found
+    return _record(found, cell, x, weights, reverse, k1, k2, keep)
+
+
 def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
     """y, h_n, c_n and, unless `keep` is "nothing", c: as ops.lstm_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
-    options = (reverse, k1, k2, keep, keep != "nothing")
-    results = _run("lstm", x, (h0, c0), weights, _of_layer, *options)
+    results = _layer("lstm", x, (h0, c0), weights, reverse, k1, k2, keep)
     if results is None:
         return ops.lstm_layer(x, h0, c0, *weights, reverse, k1, k2, keep)[:4]
     return results
@@ -225,7 +202,7 @@ def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
 def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
     """y and h_n: as ops.rnn_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
-    results = _run(nonlinearity, x, (h0,), weights, _of_layer, reverse, k1, k2)
+    results = _layer(nonlinearity, x, (h0,), weights, reverse, k1, k2, "all")
     if results is None:
         return ops.rnn_layer(x, h0, *weights, nonlinearity, reverse, k1, k2)
     return results[:2]
@@ -266,6 +243,22 @@ class RnnfastLayer(torch.autograd.Function):
 _apply = super(torch.autograd.Function, RnnfastLayer).apply
 
 
+def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether data_ptr() leads to a CPU tensor's very elements, of this dtype.
+
+    RuntimeError from a tensor that has no storage, such as a sparse one. A lazy negation
+    (z.conj().imag) and lazy zeros are not there to be read; nor are the elements of an empty
+    tensor.
+    """
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0
+    )
+
+
 def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     """Whether the core may compute these gradients.
 
@@ -275,14 +268,18 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     if torch.is_grad_enabled() or _watched():
         return False
     cell, (T, B, I, H), *_ = ctx.call
-    state, y, c, rows = ctx.state_shape, (*ctx.x_shape[:-1], H), (T, B, H), GATES[cell] * H
     dtype = saved[0].dtype
-    shapes = (y, state, state, c)
-    shapes += (ctx.x_shape, state, state, (rows, I), (rows, H), (rows,), (rows,))
-    shapes += (y, c, (T, B, 4, H))
+    of_cell = accumulator(dtype)
+    y, state, c, rows = (*ctx.x_shape[:-1], H), ctx.state_shape, (T, B, H), GATES[cell] * H
+    expected = (  # upstream, then saved
+        *((y, dtype), (state, dtype), (state, of_cell), (c, of_cell)),
+        *((ctx.x_shape, dtype), (state, dtype), (state, of_cell)),
+        *(((rows, I), dtype), ((rows, H), dtype), ((rows,), dtype), ((rows,), dtype)),
+        *((y, dtype), (c, of_cell), ((T, B, 4, H), of_cell)),
+    )
     try:
-        for tensor, shape in zip((*upstream, *saved), shapes, strict=True):
-            if tensor is not None and not (_plain(tensor, dtype) and tensor.shape == shape):
+        for tensor, (shape, number) in zip((*upstream, *saved), expected, strict=True):
+            if tensor is not None and not (_plain(tensor, number) and tensor.shape == shape):
                 return False
     except RuntimeError:
         return False

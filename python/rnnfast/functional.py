@@ -157,7 +157,7 @@ def lstm_cell(
     """
     short = direct.step("lstm", x, hx, (w_ih, w_hh, b_ih, b_hh))
     if short is not None:
-        return short[1:3]
+        return short
     hx = hx if hx is None else checks.check_pair("LSTMCell", hx)
     return _step("LSTMCell", _lstm_layer, 4, x, hx, w_ih, w_hh, b_ih, b_hh)
 
@@ -180,7 +180,7 @@ def rnn_cell(
     hx = hx if hx is None else (hx,)
     short = direct.step(nonlinearity, x, hx, (w_ih, w_hh, b_ih, b_hh))
     if short is not None:
-        return short[1]
+        return short[0]
     return _step("RNNCell", layer, 1, x, hx, w_ih, w_hh, b_ih, b_hh)[0]
 
 

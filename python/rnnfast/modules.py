@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks, functional
+from . import checks, direct, functional
 from .bptt import Truncation, parse_truncate
 
 
@@ -46,8 +46,10 @@ def _weights(module: torch.nn.Module, names: Iterable[str]) -> list[Tensor]:
     Straight from the dictionary where possible: Module finds a parameter only after Python has
     searched everywhere else, which for four weights takes as long as a step of a small layer.
     """
-    parameters = module._parameters
-    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
+    try:
+        return list(map(module._parameters.__getitem__, names))
+    except KeyError:  # a parametrization, or what functional_call put there
+        return [getattr(module, name) for name in names]
 
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -88,6 +90,10 @@ class LSTM(_Sequence, torch.nn.LSTM):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """(y, (h_n, c_n)) as torch.nn.LSTM gives them."""
+        short = direct.module_sequence(self, "lstm", input, hx)
+        if short is not None:
+            y, h_n, c_n, _ = short
+            return y, (h_n, c_n)
         return functional.lstm(
             input,
             hx,
@@ -116,6 +122,10 @@ class RNN(_Sequence, torch.nn.RNN):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """(y, h_n) as torch.nn.RNN gives them."""
+        states = hx if hx is None else (hx,)
+        short = direct.module_sequence(self, None, input, states)
+        if short is not None:
+            return short[:2]
         return functional.rnn(
             input,
             hx,
@@ -138,6 +148,9 @@ class LSTMCell(torch.nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(h, c) of shapes (B, H), or (H,) for unbatched input (I,)."""
+        short = direct.module_step(self, "lstm", input, hx)
+        if short is not None:
+            return short
         return functional.lstm_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
 
 
@@ -146,4 +159,8 @@ class RNNCell(torch.nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h of shape (B, H), or (H,) for unbatched input (I,)."""
+        states = hx if hx is None else (hx,)
+        short = direct.module_step(self, None, input, states)
+        if short is not None:
+            return short[0]
         return functional.rnn_cell(input, hx, *_weights(self, _CELL_WEIGHTS), self.nonlinearity)

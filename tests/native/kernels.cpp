@@ -123,15 +123,15 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
   forward.b_hh = optional(problem.b_hh);
   forward.h0 = problem.h0.data();
   forward.c0 = lstm_only(problem.c0);
-  forward.h_n = out.h_n.data();
   forward.c_n = lstm_only(out.c_n);
   const auto call_forward = [&] {
     if (check(forward) != rnnfast::Status::ok) fail(shape.name() + ": refused by check");
     rnnfast::cpu::kernels().of<Real>().forward(forward);
   };
-  forward.y = out.y_lean.data();  // nothing kept for a backward pass
+  forward.y = out.y_lean.data();  // nothing kept for a backward pass, and no h_n
   call_forward();
   forward.y = out.y.data();
+  forward.h_n = out.h_n.data();
   forward.c = lstm_only(out.c);
   forward.gates = lstm_only(out.gates);
   call_forward();

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "pack.h"
 #include "recurrence.h"
 
 namespace rnnfast::cuda {

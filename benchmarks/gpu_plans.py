@@ -217,6 +217,8 @@ def fit(path: Path, clock_mhz: float = 1980) -> None:
     engines = {"tensor cores": ("bfloat16", "tf32"), "FMA": ("float32",), "float64": ("float64",)}
     for engine, formats in engines.items():
         rows = [row for problem, rows in timed.items() if problem[0] in formats for row in rows]
+        if not rows:
+            continue
         rows = [
             (about, us) for about, us in rows if about["method"] != "cluster" or about["groups"] < 8
         ]

@@ -33,7 +33,7 @@ DEVICE = {
     "capability": 90,
     "multiprocessors": 132,
     "shared_bytes": 232448,
-    "largest_cluster": 8,
+    "largest_cluster": 16,
     "cooperative": True,
 }
 

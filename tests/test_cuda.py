@@ -181,6 +181,27 @@ def test_weights_that_are_not_finite_reach_what_they_touch(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("H", [24, 25])  # rows of whole 16 bytes, and others
+def test_a_nan_of_all_bits_is_a_number_that_has_arrived(H, method, dtype):
+    """It stands for those that have not, and x, h0 and weights may bring it."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    nan = torch.tensor(-1, dtype=bits).view(dtype)
+    inputs = Case("relu", 4, 3, 2, H).inputs(dtype)
+    inputs["x"][1, 0] = inputs["h0"][1, 0] = nan
+    layers = cuda_ops.Layers(native, method)
+    with emulating(**SMALL):
+        y, h_n = layers.rnn_layer(
+            *map(inputs.get, ("x", "h0", "w_ih", "w_hh")), None, None, "relu", False, 0, 0
+        )
+    assert y[1:, 0].isnan().all()
+    assert y[:, 1].isnan().all()
+    assert y[0, 0].isfinite().all()
+    assert y[:, 2].isfinite().all()
+    assert torch.equal(h_n.isnan(), y[-1].isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case",
     [

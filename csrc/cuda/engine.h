@@ -3,7 +3,7 @@
 //
 // Weights come in tiles of tile_rows x step, packed so that what a lane needs lies in `planes` blocks of
 // 16 bytes and a warp reads 512 bytes in a row. Since we pack them ourselves, the order of k within a step
-// is ours to choose: a lane of Mma takes 16 bytes of v in a row, straight from where v lies.
+// is ours to choose: a lane takes 16 bytes of v in a row, straight from where v lies.
 //
 // `row_tiles` tiles of rows go side by side, so that v is read once for all of them.
 // Fma is for any device and for exact float32 and float64; Mma for tensor cores (sm_80 and newer).
@@ -13,22 +13,25 @@
 
 namespace rnnfast::cuda {
 
-// One lane has one k of a step, and adds up its own part of 4 x 8 sums; the lanes add theirs at the end.
-template <class Real_, int rows_>
+// A step is 8 lanes wide: a lane has 16 bytes of v, and adds up its part of 4 x 8 sums; the 8 lanes add theirs at the
+// end. Four times 8 lanes have four rows each.
+template <class Real_>
 struct Fma {
   using Real = Real_;
   using State = StateOf<Real>;
-  static constexpr int tile_rows = 4, tile_columns = 8, step = 32;
-  static constexpr int planes = sizeof(State) / 4;
-  static constexpr int column_tiles = 1;  // side by side
-  static constexpr int resident_tiles = sizeof(State) == 4 ? 8 : 4;  // of weights, in registers
-  static constexpr int row_tiles = sizeof(State) == 4 ? rows_ : 1;  // side by side
-  static constexpr int inputs_ahead = sizeof(State) == 4 ? 4 : 1;  // tiles whose inputs are loaded together
+  static constexpr int chunk = 16 / sizeof(Real);  // numbers in 16 bytes
+  static constexpr int lane_rows = 4, lanes = 8;   // that share the terms of a row
+  static constexpr int tile_rows = 16, tile_columns = 8, step = lanes * chunk;
+  static constexpr int planes = lane_rows;
+  static constexpr int column_tiles = 1;    // side by side
+  static constexpr int resident_tiles = 2;  // of weights, in registers
+  static constexpr int row_tiles = 1;  // side by side: a lane has several rows already
+  static constexpr int inputs_ahead = 1;    // tiles whose inputs are loaded together
   // The 16-bit formats have tensor cores wherever they have machine code of their own.
   static constexpr bool is_built = sizeof(Real) > 2 || lacks_tensor_cores;
 
   struct Sums {
-    State sum[tile_rows * tile_columns];
+    State sum[lane_rows * tile_columns];
   };
 
   // Where this lane's numbers of v come from.
@@ -37,7 +40,7 @@ struct Fma {
   };
 
   struct Inputs {
-    Real v[tile_columns];
+    uint4 v[tile_columns];
   };
 
   // vector_of(n): where the vector of the tile's column n begins.
@@ -46,14 +49,12 @@ struct Fma {
     const Real* own = vector_of(lane % tile_columns);
     Columns columns;
     RNNFAST_UNROLL
-    for (int n = 0; n < tile_columns; ++n) {
-      columns.from[n] = from_lane(own, n) + lane;
-    }
+    for (int n = 0; n < tile_columns; ++n) columns.from[n] = from_lane(own, n) + first(lane);
     return columns;
   }
 
   // Number of this lane within a step; a step that begins at k is there for the lane if k + first < terms.
-  static RNNFAST_DEVICE int first(int lane) { return lane; }
+  static RNNFAST_DEVICE int first(int lane) { return lane % lanes * chunk; }
 
   // Numbers `begin` + `further`, of which the compiler knows the latter; those of `zeros` where there are none.
   template <class From>
@@ -62,7 +63,8 @@ struct Fma {
     Inputs inputs;
     RNNFAST_UNROLL
     for (int n = 0; n < tile_columns; ++n)
-      inputs.v[n] = From::read((is_there ? columns.from[n] + begin : zeros) + further);
+      inputs.v[n] = From::read(
+          reinterpret_cast<const uint4*>((is_there ? columns.from[n] + begin : zeros) + further));
     return inputs;
   }
 
@@ -72,48 +74,59 @@ struct Fma {
   }
 
   static RNNFAST_DEVICE void multiply(const uint4 (&weights)[planes], const Inputs& inputs, Sums& sums) {
-    State w[tile_rows];
-    static_assert(sizeof(w) == sizeof(weights), "a lane's weights are one k of all rows");
-    memcpy(w, weights, sizeof(w));
     RNNFAST_UNROLL
-    for (int r = 0; r < tile_rows; ++r) {
+    for (int n = 0; n < tile_columns; ++n) {
+      const Numbers v = numbers(inputs.v[n]);
       RNNFAST_UNROLL
-      for (int n = 0; n < tile_columns; ++n) {
+      for (int r = 0; r < lane_rows; ++r) {
+        const Numbers w = numbers(weights[r]);
         State& sum = sums.sum[r * tile_columns + n];
-        sum = std::fma(w[r], widen(inputs.v[n]), sum);
+        RNNFAST_UNROLL
+        for (int k = 0; k < chunk; ++k) sum = std::fma(widen(w.of[k]), widen(v.of[k]), sum);
       }
     }
   }
 
   // Writes sum (r, n) of the tile to out[n * stride + r].
   static RNNFAST_DEVICE void store(Sums& sums, State* out, int stride, int lane) {
-    fold<16>(sums.sum, lane);
-    store_shared(out + lane % tile_columns * stride + lane / tile_columns, sums.sum[0]);
+    fold<lane_rows * tile_columns / 2, lanes / 2>(sums.sum, lane);
+    constexpr int kept = lane_rows * tile_columns / lanes;
+    const int at = lane % lanes * kept, row = lane / lanes * lane_rows + at / tile_columns;
+    RNNFAST_UNROLL
+    for (int n = 0; n < kept; ++n) store_shared(out + (at % tile_columns + n) * stride + row, sums.sum[n]);
   }
 
-  // One plane of one lane's part of a tile; weight(r, k) is a number of the tile.
+  // One plane of one lane's part of a tile, which is one of its rows; weight(r, k) is a number of the tile.
   template <class Weight>
   static RNNFAST_DEVICE uint4 pack(int plane, int lane, Weight&& weight) {
-    constexpr int rows = tile_rows / planes;
-    State w[rows];
+    Numbers row;
     RNNFAST_UNROLL
-    for (int r = 0; r < rows; ++r) w[r] = widen(weight(plane * rows + r, lane));
+    for (int k = 0; k < chunk; ++k) row.of[k] = weight(lane / lanes * lane_rows + plane, first(lane) + k);
     uint4 packed;
-    memcpy(&packed, w, sizeof(packed));
+    memcpy(&packed, &row, sizeof(packed));
     return packed;
   }
 
  private:
-  // A lane hands half of its sums to a partner and keeps the other half, until it has one sum, its own.
-  template <int half>
-  static RNNFAST_DEVICE void fold(State (&sum)[tile_rows * tile_columns], int lane) {
-    const bool upper = lane & half;
+  struct Numbers {
+    Real of[chunk];
+  };
+  static RNNFAST_DEVICE Numbers numbers(const uint4& packed) {
+    Numbers numbers;
+    memcpy(&numbers, &packed, sizeof(numbers));
+    return numbers;
+  }
+
+  // A lane hands half of its sums to a partner and keeps the other half, until all lanes of a row are served.
+  template <int half, int partner>
+  static RNNFAST_DEVICE void fold(State (&sum)[lane_rows * tile_columns], int lane) {
+    const bool upper = lane & partner;
     RNNFAST_UNROLL
     for (int n = 0; n < half; ++n) {
       const State kept = upper ? sum[n + half] : sum[n];
-      sum[n] = kept + exchange_lanes(upper ? sum[n] : sum[n + half], half);
+      sum[n] = kept + exchange_lanes(upper ? sum[n] : sum[n + half], partner);
     }
-    if constexpr (half > 1) fold<half / 2>(sum, lane);
+    if constexpr (partner > 1) fold<half / 2, partner / 2>(sum, lane);
   }
 };
 

@@ -43,12 +43,12 @@ template <class Real>
 struct Arrivals {
   std::conditional_t<sizeof(Real) == 8, std::uint64_t, std::uint32_t> largest = 0;
 
-  RNNFAST_DEVICE void add(Real number) {
-    const BitsOf<Real> bits = bits_of_number(number);
-    largest = bits > largest ? bits : largest;
-  }
   RNNFAST_DEVICE void add(const uint4& numbers) {
-    if constexpr (sizeof(Real) == 2) {
+    if constexpr (sizeof(Real) == 8) {
+      const std::uint64_t one = numbers.x | std::uint64_t(numbers.y) << 32;
+      const std::uint64_t other = numbers.z | std::uint64_t(numbers.w) << 32;
+      largest = max_of(largest, max_of(one, other));
+    } else if constexpr (sizeof(Real) == 2) {
       largest = max_halves(max_halves(largest, max_halves(numbers.x, numbers.y)), max_halves(numbers.z, numbers.w));
     } else {
       largest = max_of(max_of(largest, max_of(numbers.x, numbers.y)), max_of(numbers.z, numbers.w));
@@ -60,16 +60,15 @@ struct Arrivals {
   }
 
  private:
-  static RNNFAST_DEVICE std::uint32_t max_of(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
+  template <class Word>
+  static RNNFAST_DEVICE Word max_of(Word a, Word b) {
+    return a > b ? a : b;
+  }
 };
 
 // Where the numbers of a step are read from.
 template <class Place>
 struct From {
-  template <class Real>
-  RNNFAST_DEVICE static Real read(const Real* from) {
-    return number_of_bits<Real>(load_arriving(Place{}, reinterpret_cast<const BitsOf<Real>*>(from)));
-  }
   RNNFAST_DEVICE static uint4 read(const uint4* from) { return load_arriving(Place{}, from); }
 };
 using FromGlobal = From<InGlobal>;

@@ -21,13 +21,13 @@ constexpr bool is_engine(const EngineTraits& traits) {
 template <Pass pass, int gates>
 constexpr bool engines_match() {
   constexpr int rows = rows_side_by_side(pass, gates);
-  return is_engine<Fma<double, rows>>(engine_traits(Format::float64, true, pass, gates)) &&
-         is_engine<Fma<float, rows>>(engine_traits(Format::float32, true, pass, gates)) &&
+  return is_engine<Fma<double>>(engine_traits(Format::float64, true, pass, gates)) &&
+         is_engine<Fma<float>>(engine_traits(Format::float32, true, pass, gates)) &&
          is_engine<Mma<float, rows>>(engine_traits(Format::tf32, true, pass, gates)) &&
          is_engine<Mma<Float16, rows>>(engine_traits(Format::float16, true, pass, gates)) &&
          is_engine<Mma<BFloat16, rows>>(engine_traits(Format::bfloat16, true, pass, gates)) &&
-         is_engine<Fma<Float16, rows>>(engine_traits(Format::float16, false, pass, gates)) &&
-         is_engine<Fma<BFloat16, rows>>(engine_traits(Format::bfloat16, false, pass, gates));
+         is_engine<Fma<Float16>>(engine_traits(Format::float16, false, pass, gates)) &&
+         is_engine<Fma<BFloat16>>(engine_traits(Format::bfloat16, false, pass, gates));
 }
 static_assert(engines_match<Pass::forward, 1>() && engines_match<Pass::forward, 4>() &&
               engines_match<Pass::backward, 1>() && engines_match<Pass::backward, 4>());
@@ -131,10 +131,10 @@ void with_types(const Plan& plan, Body&& body) {
   const auto with_engine = [&](auto gates) {
     constexpr int rows = rows_side_by_side(pass, gates.value);
     if constexpr (std::is_same<Real, double>::value) {
-      body(Fma<double, rows>{}, gates);
+      body(Fma<double>{}, gates);
     } else {
       if (plan.engine.tensor_cores) return body(Mma<Real, rows>{}, gates);
-      body(Fma<Real, rows>{}, gates);
+      body(Fma<Real>{}, gates);
     }
   };
   if (plan.work.shape.cell == Cell::lstm) return with_engine(std::integral_constant<int, 4>{});

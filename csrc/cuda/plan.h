@@ -45,19 +45,20 @@ struct EngineTraits {
   int real_bytes, state_bytes;
 };
 
-// An LSTM has many rows and few terms forward, all else fewer rows: that many tiles of rows go side by side.
+// On tensor cores: an LSTM has many rows and few terms forward, all else fewer rows, so that many tiles of rows go
+// side by side.
 constexpr int rows_side_by_side(Pass pass, Index gates) { return pass == Pass::forward && gates == 4 ? 2 : 1; }
 
 constexpr EngineTraits engine_traits(Format format, bool tensor_cores, Pass pass, Index gates) {
   const int rows = rows_side_by_side(pass, gates);
   switch (format) {
-    case Format::float64: return {false, 4, 8, 32, 1024, 1, 4, 1, 1, 8, 8};
-    case Format::float32: return {false, 4, 8, 32, 512, 1, 8, 4, rows, 4, 4};
+    case Format::float64: return {false, 16, 8, 16, 2048, 1, 2, 1, 1, 8, 8};
+    case Format::float32: return {false, 16, 8, 32, 2048, 1, 2, 1, 1, 4, 4};
     case Format::tf32: return {true, 16, 8, 16, 1024, 2, 8, 8, rows, 4, 4};
     default: break;
   }
   if (tensor_cores) return {true, 16, 8, 32, 1024, 2, 8, 8, rows, 2, 4};
-  return {false, 4, 8, 32, 512, 1, 8, 4, rows, 2, 4};
+  return {false, 16, 8, 64, 2048, 1, 2, 1, 1, 2, 4};
 }
 
 // How a launch is cut up: what the kernel needs to know. A warp multiplies a bundle of `row_tiles` tiles of

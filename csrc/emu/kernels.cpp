@@ -12,7 +12,7 @@ template struct Kernels<BFloat16>;
 
 // As an H200 would say.
 Device& emulated_device() {
-  static Device device{90, 132, 232448, 8, true};
+  static Device device{90, 132, 232448, 16, true};
   return device;
 }
 

@@ -18,7 +18,8 @@ from pairwise import pairwise
 from rnnfast import cuda_ops
 from tolerance import assert_close
 
-METHODS = ["local", "cluster", "grid", "steps"]
+OURS = ["local", "cluster", "grid", "steps"]
+METHODS = [*OURS, "gemm"]  # whose products are torch's
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LARGE = {"multiprocessors": 24}
 SMALL = {"multiprocessors": 8, "shared_bytes": 131072}  # several groups, weights streamed from L2
@@ -41,7 +42,7 @@ PAIRWISE = [
     (choice.pop("dtype"), choice.pop("method"), choice.pop("properties"), Case(**choice))
     for choice in pairwise(
         dtype=DTYPES,
-        method=METHODS,
+        method=OURS,
         properties=[LARGE, SMALL],
         cell=["lstm", "tanh", "relu"],
         T=[1, 2, 3, 20],
@@ -91,7 +92,7 @@ def test_pairwise(case, dtype, method, properties):
 def test_every_method_and_dtype_is_among_them():
     assert len(RUNNABLE) > 0.7 * len(PAIRWISE)
     met = {(str(dtype), method) for dtype, method, *_ in RUNNABLE}
-    assert met == {(str(dtype), method) for dtype in DTYPES for method in METHODS}
+    assert met == {(str(dtype), method) for dtype in DTYPES for method in OURS}
 
 
 # (T, B, I, H)
@@ -119,7 +120,7 @@ def test_edges_of_the_kernels(case, method, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OURS)
 def test_results_do_not_depend_on_the_order_of_threads(method, dtype):
     # Overlapping windows are not for a grid.
     case = Case("lstm", 4, 5, 2, 20, truncate=(2, 2) if method == "grid" else (2, 3))
@@ -139,7 +140,7 @@ def test_16_bits_without_tensor_cores(cell, method, dtype):
     check(Case(cell, 4, 9, 3, 40), dtype, method, **SMALL, capability=75, largest_cluster=1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("cell", ["lstm", "relu"])
 def test_tf32_where_torch_allows_it(cell, method):
     case = Case(cell, 4, 9, 3, 40)
@@ -181,7 +182,7 @@ def test_weights_that_are_not_finite_reach_what_they_touch(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("H", [24, 25])  # rows of whole 16 bytes, and others
 def test_a_nan_of_all_bits_is_a_number_that_has_arrived(H, method, dtype):
     """It stands for those that have not, and x, h0 and weights may bring it."""
@@ -240,7 +241,7 @@ def test_a_launch_that_does_not_fit_is_an_error_that_names_it():
             native.forward_float32(plan, [False], [arrays], scratch.data_ptr(), 0, 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_two_directions_in_one_launch(backward, method):
     """Each has its own weights, states and outputs; results are those of one at a time."""

@@ -27,9 +27,9 @@ inline Format format_of(const std::string& wanted) {
 }
 
 inline Method method_of(const std::string& wanted) {
-  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::steps})
+  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::steps, Method::gemm})
     if (wanted == name(method)) return method;
-  throw std::invalid_argument("the method is '" + wanted + "', but should be local, cluster, grid or steps");
+  throw std::invalid_argument("the method is '" + wanted + "', but should be local, cluster, grid, steps or gemm");
 }
 
 inline Cell cell_of(const std::string& name) {
@@ -107,35 +107,67 @@ inline void expect(const Plan& plan, Pass pass, std::size_t real_bytes, const st
     if (layer.size() != arrays) throw std::invalid_argument("an address is missing or too many");
 }
 
+// The pass's arrays of one direction.
+template <class Real>
+typename Kernels<Real>::Forward forward_of(const Plan& plan, bool reverse, const Arrays& a) {
+  using State = StateOf<Real>;
+  const typename Kernels<Real>::Forward arrays{
+      reverse,        at<Real>(a[0]),  at<Real>(a[1]),  at<Real>(a[2]),  at<State>(a[3]),
+      at<Real>(a[4]), at<Real>(a[5]),  at<State>(a[6]), at<State>(a[7]), at<Real>(a[8])};
+  require(check(plan.work.shape, arrays));
+  return arrays;
+}
+
+template <class Real>
+typename Kernels<Real>::Backward backward_of(const Plan& plan, bool reverse, const Arrays& a) {
+  using State = StateOf<Real>;
+  const typename Kernels<Real>::Backward arrays{
+      reverse,        at<Real>(a[0]),  at<Real>(a[1]), at<State>(a[2]), at<State>(a[3]),
+      at<Real>(a[4]), at<State>(a[5]), at<Real>(a[6]), at<State>(a[7]), at<Real>(a[8]),
+      at<Real>(a[9]), at<Real>(a[10]), at<State>(a[11])};
+  require(check(plan.work.shape, arrays));
+  return arrays;
+}
+
 template <class Real>
 void forward(const Plan& plan, const std::vector<bool>& reverse, const std::vector<Arrays>& layers,
              Address scratch, int device, Address stream) {
-  using State = StateOf<Real>;
   expect(plan, Pass::forward, sizeof(Real), layers, 9);
   typename Kernels<Real>::Forward arrays[2]{};
-  for (std::size_t n = 0; n < layers.size(); ++n) {
-    const Arrays& a = layers[n];
-    arrays[n] = {reverse.at(n),   at<Real>(a[0]),  at<Real>(a[1]),  at<Real>(a[2]), at<State>(a[3]),
-                 at<Real>(a[4]),  at<Real>(a[5]),  at<State>(a[6]), at<State>(a[7]), at<Real>(a[8])};
-    require(check(plan.work.shape, arrays[n]));
-  }
+  for (std::size_t n = 0; n < layers.size(); ++n) arrays[n] = forward_of<Real>(plan, reverse.at(n), layers[n]);
   Kernels<Real>::forward(plan, arrays, at<void>(scratch), device, at<void>(stream));
 }
 
 template <class Real>
 void backward(const Plan& plan, const std::vector<bool>& reverse, const std::vector<Arrays>& layers,
               Address scratch, int device, Address stream) {
-  using State = StateOf<Real>;
   expect(plan, Pass::backward, sizeof(Real), layers, 12);
   typename Kernels<Real>::Backward arrays[2]{};
-  for (std::size_t n = 0; n < layers.size(); ++n) {
-    const Arrays& a = layers[n];
-    arrays[n] = {reverse.at(n),    at<Real>(a[0]), at<Real>(a[1]),  at<State>(a[2]), at<State>(a[3]),
-                 at<Real>(a[4]),   at<State>(a[5]), at<Real>(a[6]), at<State>(a[7]), at<Real>(a[8]),
-                 at<Real>(a[9]),   at<Real>(a[10]), at<State>(a[11])};
-    require(check(plan.work.shape, arrays[n]));
-  }
+  for (std::size_t n = 0; n < layers.size(); ++n) arrays[n] = backward_of<Real>(plan, reverse.at(n), layers[n]);
   Kernels<Real>::backward(plan, arrays, at<void>(scratch), device, at<void>(stream));
+}
+
+inline void expect_step(const Plan& plan, int p) {
+  if (plan.method != Method::gemm) throw std::invalid_argument("the plan is for another method");
+  if (p < 0 || p >= plan.work.shape.T) throw std::invalid_argument("there is no such step");
+}
+
+template <class Real>
+void forward_cells(const Plan& plan, bool reverse, const Arrays& arrays, Address sums, int p, int device,
+                   Address stream) {
+  expect(plan, Pass::forward, sizeof(Real), std::vector<Arrays>(std::size_t(plan.work.directions), arrays), 9);
+  expect_step(plan, p);
+  Kernels<Real>::forward_cells(plan, forward_of<Real>(plan, reverse, arrays), at<StateOf<Real>>(sums), p, device,
+                               at<void>(stream));
+}
+
+template <class Real>
+void backward_cells(const Plan& plan, bool reverse, const Arrays& arrays, Address sums, int p, int device,
+                    Address stream) {
+  expect(plan, Pass::backward, sizeof(Real), std::vector<Arrays>(std::size_t(plan.work.directions), arrays), 12);
+  expect_step(plan, p);
+  Kernels<Real>::backward_cells(plan, backward_of<Real>(plan, reverse, arrays), at<StateOf<Real>>(sums), p, device,
+                                at<void>(stream));
 }
 
 template <class Real>
@@ -143,6 +175,10 @@ void bind_format(py::module_& module, const std::string& name) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   module.def(("forward_" + name).c_str(), &forward<Real>, released);
   module.def(("backward_" + name).c_str(), &backward<Real>, released);
+  if constexpr (std::is_same<Real, StateOf<Real>>::value) {
+    module.def(("forward_cells_" + name).c_str(), &forward_cells<Real>, released);
+    module.def(("backward_cells_" + name).c_str(), &backward_cells<Real>, released);
+  }
 }
 
 inline void bind(py::module_& module) {
@@ -161,6 +197,7 @@ inline void bind(py::module_& module) {
   py::class_<Plan>(module, "Plan", py::module_local())
       .def_readonly("scratch_bytes", &Plan::scratch_bytes)
       .def_readonly("cycles", &Plan::cycles)
+      .def_property_readonly("method", [](const Plan& plan) { return name(plan.method); })
       .def("as_dict", &as_dict);
   module.def("plan", &plan, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,
              "k2"_a, "directions"_a = 1, "method"_a = "");

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "cells.h"
 #include "kernels.h"
 #include "pack.h"
 #include "recurrence.h"
@@ -164,6 +165,39 @@ void Kernels<Real>::backward(const Plan& plan, const Backward* layers, void* scr
     launch(describe(plan) + ", initial state", add_starts<Real, gates.value>,
            {{blocks, 1, plan.work.directions}, block_threads, 1, 0, false}, static_cast<Stream>(stream), args);
   });
+}
+
+template <class Step>
+void run_cells(const Plan& plan, const CellsArguments<Step>& args, int device, void* stream) {
+  const DeviceScope scope(device);
+  launch(describe(plan) + ", cells", cells<Step>, {{plan.blocks, 1, 1}, block_threads, 1, 0, false},
+         static_cast<Stream>(stream), args);
+}
+
+template <class Real>
+void Kernels<Real>::forward_cells(const Plan& plan, const Forward& layer, const StateOf<Real>* sums, int p,
+                                  int device, void* stream) {
+  if constexpr (std::is_same<Real, StateOf<Real>>::value) {
+    const RecurrenceShape& shape = plan.work.shape;
+    if (shape.cell == Cell::lstm)
+      return run_cells<cuda::Forward<Real, 4>>(plan, {shape, layer, {}, sums, p}, device, stream);
+    run_cells<cuda::Forward<Real, 1>>(plan, {shape, layer, {}, sums, p}, device, stream);
+  } else {
+    throw std::invalid_argument("the method gemm is not for 16-bit formats");
+  }
+}
+
+template <class Real>
+void Kernels<Real>::backward_cells(const Plan& plan, const Backward& layer, const StateOf<Real>* sums, int p,
+                                   int device, void* stream) {
+  if constexpr (std::is_same<Real, StateOf<Real>>::value) {
+    const RecurrenceShape& shape = plan.work.shape;
+    if (shape.cell == Cell::lstm)
+      return run_cells<cuda::Backward<Real, 4>>(plan, {shape, layer, {layer.dc0, nullptr}, sums, p}, device, stream);
+    run_cells<cuda::Backward<Real, 1>>(plan, {shape, layer, {}, sums, p}, device, stream);
+  } else {
+    throw std::invalid_argument("the method gemm is not for 16-bit formats");
+  }
 }
 
 }  // namespace rnnfast::cuda

@@ -26,6 +26,11 @@ constexpr Costs fma_costs{861, 619, 40, 0.0249, 0.0385, 0.06, 1070, 49.1};
 constexpr Costs double_costs{861, 619, 40, 0.0249, 0.0385, 0.06, 2000, 49.1};
 
 constexpr double launch_cycles = 8000;  // a kernel in a stream: published, not measured
+constexpr double gemm_cycles = 30000;   // a product and a kernel, queued by Python: a guess
+
+// Operations that cuBLAS does in a cycle: 51 TFLOP/s were measured in float32, the others are guesses.
+double gemm_rate(Format format) { return format == Format::tf32 ? 120e3 : 25e3; }
+
 // A cluster lies within one of the processor's own clusters, which leaves some multiprocessors over.
 constexpr double clustered = 0.85;
 
@@ -169,6 +174,9 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
 }
 
 bool can_run(const Device& device, const Plan& plan) {
+  if (plan.method == Method::gemm)
+    return plan.engine.real_bytes == plan.engine.state_bytes &&
+           (plan.work.pass == Pass::forward || plan.work.shape.k1 >= plan.work.shape.T);
   if (plan.groups > 65535) return false;  // the grid's second dimension
   if (plan.method != Method::grid) return true;
   // Overlapping windows' da would need more memory than is to be had, if each step had a place of its own.
@@ -205,7 +213,15 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
       use(plan);
     }
   };
-  if (method == Method::local) {
+  if (method == Method::gemm) {
+    if (!can_run(device, plan)) return;
+    plan.blocks = int(ceil_div(work.shape.B * work.shape.H, block_threads));
+    plan.groups = 1;
+    plan.tiling.columns = plan.tiling.group_columns = plan.tiling.pass_columns = int(product.columns);
+    const double operations = 2.0 * double(product.rows) * double(product.terms) * double(product.columns);
+    plan.cycles = work.directions * (gemm_cycles + operations / gemm_rate(work.format));
+    use(plan);
+  } else if (method == Method::local) {
     try_blocks(1);
   } else if (method == Method::cluster) {
     for (Index blocks = 2; blocks <= std::min<Index>(tiles, device.largest_cluster); blocks *= 2)
@@ -276,11 +292,13 @@ Plan plan_recurrence(const Device& device, const Work& work) {
     if (!found || plan.cycles < best.cycles) best = plan;
     found = true;
   }
-  Plan steps{};
-  if (plan_method(device, work, Method::steps, steps) && (!found || steps.cycles < best.cycles)) {
-    best = steps;
-    best.reason = found ? "a launch for every step is estimated to be faster"
-                        : "the blocks of a whole recurrence would not all be resident";
+  const bool resident = found;
+  for (const Method method : {Method::steps, Method::gemm}) {
+    Plan plan{};
+    if (!plan_method(device, work, method, plan) || (found && plan.cycles >= best.cycles)) continue;
+    best = plan;
+    best.reason = resident ? "a launch for every step is estimated to be faster"
+                           : "the blocks of a whole recurrence would not all be resident";
     found = true;
   }
   if (!found) throw std::invalid_argument("no CUDA kernel fits this device's shared memory");

@@ -9,6 +9,8 @@
 //   cluster     the group is a thread-block cluster; results go to its blocks' shared memory
 //   grid        the group is any number of blocks, all resident at once; results go through L2
 //   steps       a launch for every step: the fallback that never waits, so it needs no residency
+//   gemm        a product by the caller's library and a launch for the cells, for every step: for problems so large
+//               that the product is all there is. float32 and float64, no truncation
 #pragma once
 
 #include <cstddef>
@@ -23,7 +25,7 @@ namespace rnnfast::cuda {
 constexpr int block_threads = 256, block_warps = block_threads / 32;
 
 enum class Format { float32, tf32, float64, float16, bfloat16 };
-enum class Method { local, cluster, grid, steps };
+enum class Method { local, cluster, grid, steps, gemm };
 enum class Pass { forward, backward };
 
 struct Work {
@@ -107,7 +109,7 @@ struct Plan {
   std::size_t scratch_bytes;  // all the memory a call needs, packed weights included
   Counts counts;
   double cycles;              // estimated, for a step
-  std::string reason;         // why the fallback was taken; else empty
+  std::string reason;         // why there is a launch for every step; else empty
 };
 
 // Where a block's tiles of weights are from step to step. Those of the last block's missing rows count.
@@ -140,6 +142,7 @@ constexpr const char* name(Method method) {
     case Method::local: return "local";
     case Method::cluster: return "cluster";
     case Method::grid: return "grid";
+    case Method::gemm: return "gemm";
     case Method::steps: break;
   }
   return "steps";

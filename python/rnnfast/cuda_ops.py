@@ -78,9 +78,9 @@ def _operator(direction: Callable[..., Generator]) -> Callable[..., tuple]:
 class Layers:
     """A layer in one direction or in both, by the kernels of one extension module.
 
-    native: `_cuda` or the emulator. method: "local", "cluster", "grid" or "steps" to force how the
-    recurrence runs, "" to let the planner choose. Arguments and results of the methods are those of
-    the operators in ops.py.
+    native: `_cuda` or the emulator. method: "local", "cluster", "grid", "steps" or "gemm" to force
+    how the recurrence runs, "" to let the planner choose. Arguments and results of the methods are
+    those of the operators in ops.py.
     """
 
     def __init__(self, native: Any, method: str = "") -> None:
@@ -206,10 +206,34 @@ class Layers:
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         shared = [recurrences] if len(plans) == 1 else [[each] for each in recurrences]
         for plan, together in zip(plans, shared, strict=True):
+            if plan.method == "gemm":
+                for each in together:
+                    self._by_products(plan, each, index, stream)
+                continue
             scratch = x.new_empty(plan.scratch_bytes, dtype=torch.uint8)
             addresses = [list(map(_address, each.arrays)) for each in together]
             reverse = [each.reverse for each in together]
             kernel(plan, reverse, addresses, _address(scratch), index, stream)
+
+    def _by_products(self, plan: Any, one: Recurrence, index: int, stream: int) -> None:
+        """A recurrence by a product of torch's and a launch of the cells for every step."""
+        T, B, *_ = one.sizes
+        forward = one.which == "forward"
+        if forward:
+            _, w_hh, vector, _, vectors, *_ = one.arrays
+            weights = w_hh.t()
+        else:
+            weights, vectors, dh0, vector = one.arrays[4], *one.arrays[9:11], None
+        sums = vectors.new_empty(B, weights.shape[1])
+        cells = getattr(self.native, f"{one.which}_cells_{_FORMATS[one.like.dtype]}")
+        addresses = list(map(_address, one.arrays))
+        for p in range(T):
+            if vector is not None:  # going back, nothing comes before the first step
+                torch.mm(vector, weights, out=sums)
+            cells(plan, one.reverse, addresses, _address(sums), p, index, stream)
+            vector = vectors[p if forward != one.reverse else T - 1 - p]
+        if not forward:
+            torch.mm(vector, weights, out=dh0)
 
     def _new_plans(self, device, directions, which, cell, number, *sizes) -> list[Any]:
         """The plans of the launches that follow each other; `cycles` are a step's, estimated.

@@ -30,9 +30,10 @@ class CudaPlan:
         T, B, I, H: steps, batch rows, input size, hidden units.
         dtype: of the tensors.
         number_format: what is multiplied: "tf32", or the dtype's name.
-        method: who hands h to whom: "local", "cluster", "grid" or "steps", see docs/cuda.md.
-        reason: why "steps", the fallback, was taken; else empty.
-        launches: of the recurrence: 1, or with "steps" one a step.
+        method: who hands h to whom: "local", "cluster", "grid", "steps" or "gemm"; docs/cuda.md
+            says what they are.
+        reason: why there is a launch for every step; else empty.
+        launches: of the recurrence: 1, or with "steps" and "gemm" one a step.
         directions, groups, blocks: a launch has this many directions, each of them groups that own
             columns, each of them blocks that own rows of weights.
         columns: batch rows; backward those of all truncation windows.
@@ -83,6 +84,13 @@ class CudaPlan:
         groups = _count(self.groups, "group") + " of " + _count(self.blocks, "block")
         if self.directions == 2:
             groups = f"2 directions of {groups}"
+        head = (
+            f"{self.name}, {self.which}: {self.cell}, T {self.T}, B {self.B}, I {self.I}, "
+            f"H {self.H}, {numbers}"
+        )
+        if self.method == "gemm":
+            products = f"  gemm, {launches}; a product by torch before each"
+            return f"{head}\n{products}; about {self.cycles:.0f} cycles a step"
         rows, columns, terms = self.tile
         passes = "" if self.pass_columns >= self.group_columns else f", {self.pass_columns} at once"
         places = (
@@ -92,8 +100,7 @@ class CudaPlan:
         )
         return "\n".join(
             (
-                f"{self.name}, {self.which}: {self.cell}, T {self.T}, B {self.B}, I {self.I}, "
-                f"H {self.H}, {numbers}",
+                head,
                 f"  {self.method}, {launches}; {groups}; a block has {self.block_rows} rows of "
                 f"weights and {self.group_columns} of {self.columns} columns{passes}",
                 f"  tiles of {rows} rows x {columns} columns x {terms} terms",
@@ -147,12 +154,13 @@ def layer_plans(
     plans = Layers(_native.cuda).plans(device, directions, which, cell, number, T, B, H, k1, k2)
     names = ["", " reverse"] if len(plans) == 2 else [", both directions" * (directions == 2)]
     steps = T if which == "forward" else k2 + 1  # one more brings the initial state's gradient
+    launches = {"steps": steps, "gemm": T}
     told = []
     for name, plan in zip(names, (plan.as_dict() for plan in plans), strict=True):
         told.append(
             CudaPlan(
                 *(f"layer {layer}{name}", which, cell, *sizes, dtype, number),
-                launches=steps if plan["method"] == "steps" else 1,
+                launches=launches.get(plan["method"], 1),
                 block_rows=plan["bundles"] * plan["row_tiles"] * plan["tile_rows"],
                 tile=(plan["tile_rows"], plan["tile_columns"], plan["tile_terms"]),
                 **{name: plan[name] for name in _AS_THEY_ARE},

@@ -59,8 +59,9 @@ inline Plan plan(const Device& device, bool backward, const std::string& cell, c
   return method.empty() ? plan_recurrence(device, work) : plan_recurrence(device, work, method_of(method));
 }
 
-inline std::vector<Plan> plans(const Device& device, bool backward, const std::string& cell, const std::string& format, Index T,
-          Index B, Index H, Index k1, Index k2, int directions, const std::string& method) {
+inline std::vector<Plan> plans(const Device& device, bool backward, const std::string& cell,
+                               const std::string& format, Index T, Index B, Index H, Index k1, Index k2,
+                               int directions, const std::string& method) {
   return all_plans(device, work_of(backward, cell, format, T, B, H, k1, k2, directions), method_of(method));
 }
 
@@ -70,7 +71,8 @@ inline py::dict as_dict(const Plan& plan) {
   const Index tile_bytes = plan.engine.tile_bytes;
   const Counts& counts = plan.counts;
   return py::dict(
-      "method"_a = name(plan.method), "format"_a = name(plan.work.format), "tensor_cores"_a = plan.engine.tensor_cores,
+      "method"_a = name(plan.method), "format"_a = name(plan.work.format),
+      "tensor_cores"_a = plan.engine.tensor_cores,
       "directions"_a = plan.work.directions, "blocks"_a = plan.blocks, "groups"_a = plan.groups,
       "columns"_a = tiling.columns,
       "group_columns"_a = tiling.group_columns, "pass_columns"_a = tiling.pass_columns,
@@ -81,7 +83,8 @@ inline py::dict as_dict(const Plan& plan) {
       "register_weight_bytes"_a = weights.registers * tile_bytes,
       "shared_weight_bytes"_a = weights.shared * tile_bytes,
       "streamed_weight_bytes"_a = weights.streamed * tile_bytes, "weights_bytes"_a = plan.weights_bytes,
-      "shared_bytes"_a = plan.shared.bytes, "partial_buffers"_a = tiling.partial_buffers, "scratch_bytes"_a = plan.scratch_bytes,
+      "shared_bytes"_a = plan.shared.bytes, "partial_buffers"_a = tiling.partial_buffers,
+      "scratch_bytes"_a = plan.scratch_bytes,
       "counts"_a = py::dict("items"_a = counts.items, "trips"_a = counts.trips, "tiles"_a = counts.tiles,
                             "input_bytes"_a = counts.input_bytes, "streamed_bytes"_a = counts.streamed_bytes,
                             "partial_bytes"_a = counts.partial_bytes, "cells"_a = counts.cells,

@@ -15,7 +15,8 @@ constexpr bool is_engine(const EngineTraits& traits) {
   return traits.tile_rows == Engine::tile_rows && traits.tile_columns == Engine::tile_columns &&
          traits.step == Engine::step && traits.tile_bytes == Engine::planes * 512 &&
          traits.column_tiles == Engine::column_tiles &&
-         traits.resident_tiles == Engine::resident_tiles && traits.inputs_ahead == Engine::inputs_ahead && traits.row_tiles == Engine::row_tiles &&
+         traits.resident_tiles == Engine::resident_tiles &&
+         traits.inputs_ahead == Engine::inputs_ahead && traits.row_tiles == Engine::row_tiles &&
          traits.real_bytes == int(sizeof(typename Engine::Real)) &&
          traits.state_bytes == int(sizeof(typename Engine::State));
 }

@@ -123,7 +123,8 @@ SharedLayout shared_layout(const Plan& plan) {
   const bool has_state = plan.work.shape.cell == Cell::lstm;
   layout.states = take(has_state ? Index(tiling.group_columns) * units_of_block(plan) * engine.state_bytes : 0);
   layout.weights = take(Index(block_warps) * tiling.shared_tiles * engine.tile_bytes);
-  layout.vectors = take(has_vectors(plan) ? (vector_slots * Index(tiling.group_columns) * tiling.stride + tiling.zeros) * engine.real_bytes : 0);
+  const Index vectors = vector_slots * Index(tiling.group_columns) * tiling.stride + tiling.zeros;
+  layout.vectors = take(has_vectors(plan) ? vectors * engine.real_bytes : 0);
   layout.bytes = int(std::min<Index>(bytes, std::numeric_limits<int>::max()));
   return layout;
 }
@@ -248,7 +249,8 @@ bool plan_method(const Device& device, const Work& work, Method method, Plan& be
 void check(const Device& device, const Work& work) {
   const Product product = product_of(work);
   const Index most = std::numeric_limits<int>::max() / 4;
-  if (work.shape.T > most || work.shape.T * work.shape.B > most || product.columns > most || product.terms > most || product.rows > most)
+  if (work.shape.T > most || work.shape.T * work.shape.B > most || product.columns > most ||
+      product.terms > most || product.rows > most)
     throw std::invalid_argument("T * B, the windows' batch rows, or G*H are more than a CUDA kernel counts");
   if (device.capability < 75)
     throw std::invalid_argument("the CUDA kernels need compute capability 7.5, the device has " +

@@ -103,7 +103,8 @@ struct Plan {
   Tiling tiling;
   int blocks;  // in a group
   int groups;  // for each direction
-  bool apart;  // what goes round in global memory is not the output: its rows are no whole 16 bytes, or windows overlap
+  // What goes round in global memory is not the output: rows of that are no whole 16 bytes, or windows overlap.
+  bool apart;
   SharedLayout shared;
   std::size_t weights_bytes;  // packed, for each direction
   std::size_t scratch_bytes;  // all the memory a call needs, packed weights included

@@ -45,8 +45,8 @@ struct Products {
     for (int j = 0; j < group_steps; ++j) {
       RNNFAST_UNROLL
       for (int c = 0; c < tiles; ++c)
-        group.inputs[j][c] =
-            Engine::template load<typename Recurrence::From>(sources[c], i * each, j * each, i + j < of.valid_steps, of.zero_vector);
+        group.inputs[j][c] = Engine::template load<typename Recurrence::From>(
+            sources[c], i * each, j * each, i + j < of.valid_steps, of.zero_vector);
     }
   }
 
@@ -113,7 +113,8 @@ struct Products {
           Group& other = first / group_steps % 2 == 0 ? odd : even;
           multiply(first, now, [&](int j, int r, auto&& use) {
             if (first + j < resident_steps) {
-              use(resident[(first + j) * row_tiles + r < Engine::resident_tiles ? (first + j) * row_tiles + r : 0]);
+              const int tile = (first + j) * row_tiles + r;
+              use(resident[tile < Engine::resident_tiles ? tile : 0]);  // never 0 for that, but the compiler asks
             } else {
               from_memory(first)(j, r, use);
             }

@@ -39,13 +39,19 @@ def describe_environment(other_peers: Iterable[str] = ()) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "peers": {name: peers.version(name) for name in other_peers},
-        "rnnfast": rnnfast.build_info(),
+        "rnnfast": build_info(),
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
             if name.startswith(("OMP_", "MKL_", "KMP_", "GOMP_", "RNNFAST_"))
         },
     }
+
+
+def build_info() -> dict[str, Any]:
+    """rnnfast's, without where on this machine it is installed."""
+    info = rnnfast.build_info()
+    return info | {"openmp": info["openmp"].split("/site-packages/")[-1]}
 
 
 def cpu_name() -> str:

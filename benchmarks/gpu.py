@@ -20,6 +20,8 @@ from typing import Any
 import rnnfast
 import torch
 
+from . import environment
+
 ROUNDS = 5
 BLOCK_MS = 8.0
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -150,7 +152,7 @@ def bench(out: Path, seconds: float) -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "build": rnnfast.build_info(),
+        "build": environment.build_info(),
         "points": [],
         "errors": [],
     }

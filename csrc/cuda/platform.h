@@ -122,16 +122,6 @@ RNNFAST_DEVICE void publish(InShared, uint4* to, const uint4& v) {
   }
 #endif
 #define RNNFAST_WORD(word, letter, ptx)                                                                      \
-  RNNFAST_DEVICE word load_arriving(InGlobal, const word* from) {                                            \
-    word value;                                                                                              \
-    asm volatile("ld.relaxed.gpu.global." ptx " %0, [%1];" : "=" letter(value) : "l"(from) : "memory");      \
-    return value;                                                                                            \
-  }                                                                                                          \
-  RNNFAST_DEVICE word load_arriving(InShared, const word* from) {                                            \
-    word value;                                                                                              \
-    asm volatile("ld.volatile.shared." ptx " %0, [%1];" : "=" letter(value) : "r"(shared_address(from)) : "memory"); \
-    return value;                                                                                            \
-  }                                                                                                          \
   RNNFAST_DEVICE void publish(InGlobal, word* to, word value) {                                              \
     asm volatile("st.relaxed.gpu.global." ptx " [%0], %1;" ::"l"(to), letter(value) : "memory");             \
   }                                                                                                          \

@@ -1,9 +1,9 @@
 """The CUDA kernels' own source on the emulator, against the textbook.
 
-Sizes are chosen for the edges inside the kernels: tiles have 16 or 4 rows of weights, 8 columns (on
-tensor cores 4 tiles of them side by side) and 16 or 32 terms, shared among 8 warps; forward two
-tiles of rows go side by side; a block has 256 threads for its cells. What an emulator can't show is
-in docs/cuda.md.
+Sizes are chosen for the edges inside the kernels: tiles have 16 rows of weights, 8 columns (on
+tensor cores 2 tiles of them side by side) and 16 to 64 terms, shared among 8 warps; in an LSTM
+forward two tiles of rows go side by side; a block has 256 threads for its cells. What an emulator
+can't show is in docs/cuda.md.
 """
 
 from __future__ import annotations
@@ -117,6 +117,12 @@ EDGE_CASES = [
 )
 def test_edges_of_the_kernels(case, method, dtype):
     check(case, dtype, method, **SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_groups_of_inputs_than_are_under_way(dtype):
+    """Backward 2,120 terms: a third group of inputs takes the place of the first."""
+    check(Case("lstm", 2, 9, 1, 530), dtype, "grid", multiprocessors=40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,7 @@
 
 A step of a small layer takes the core some microseconds; dispatching an operator with Python
 kernels, and its autograd formula, takes several times that. Here one pass over the arguments sees
-whether anything needs that machinery (`_watched`, `_plain`), or anything is wrong. If so, the call
+whether anything needs that machinery (`_watched`), or anything is wrong. If so, the call
 goes the general way: through the operators of `ops`, and for the functional layer through checks
 that word the error. Both ways compute by the same functions of `cpu`: same bits, same gradients.
 """

@@ -12,6 +12,7 @@ import itertools
 
 import pytest
 import torch
+from by_layers import by_layers
 from emulated import device, emulating, native, run
 from one_layer import LAYOUTS, Case, assert_results, by_reference
 from pairwise import pairwise
@@ -125,11 +126,42 @@ def test_more_groups_of_inputs_than_are_under_way(dtype):
     check(Case("lstm", 2, 9, 1, 530), dtype, "grid", multiprocessors=40)
 
 
+# A little less and a little more than the units that local's kernels are made for, or a few.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("H", [3, 63, 65, 129])
+@pytest.mark.parametrize("cell", ["lstm", "tanh"])
+def test_every_local_kernel(cell, H, dtype):
+    """For every number of columns at once, and of them one more than these."""
+    cases = [Case(cell, 3, B, 2, H, truncate=k) for B in (5, 9) for k in (None, (2, 2))]
+    for case in cases:
+        expected = by_reference(case, dtype)
+        for n in range(3):
+            results = run_plan(case, dtype, "local", n)
+            if results is not None:
+                assert_results(case, results, expected)
+
+
+def run_plan(case, dtype, method, n):
+    """The results by plan number n of a method; None where neither pass has so many."""
+    layers, found = cuda_ops.Layers(native, method), []
+
+    def plans(described, directions, which, cell, number, *sizes):
+        work = (described, which == "backward", cell, number, *sizes, directions)
+        some = native.plans(*work, method) or [native.plan(*work, "cluster")]
+        found.append(n < len(some) and some[0].method == method)
+        return [some[min(n, len(some) - 1)]]
+
+    layers.plans = plans
+    with emulating():
+        results = by_layers(layers, case, dtype)
+    return results if any(found) else None
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", OURS)
 def test_results_do_not_depend_on_the_order_of_threads(method, dtype):
-    # Overlapping windows are not for a grid.
-    case = Case("lstm", 4, 5, 2, 20, truncate=(2, 2) if method == "grid" else (2, 3))
+    overlapping = method not in ("local", "grid")  # which are not for that
+    case = Case("lstm", 4, 5, 2, 20, truncate=(2, 3) if overlapping else (2, 2))
     results = []
     for seed in (1, 2, 3):
         with emulating(seed, **SMALL):

@@ -32,11 +32,10 @@ def check(chosen, T, B, H, backward, cell, directions, properties):
         return
     gates = 4 if cell == "lstm" else 1
     rows, terms = (H, gates * H) if backward else (gates * H, H)
-    block_rows = chosen["bundles"] * chosen["row_tiles"] * chosen["tile_rows"]
+    block_rows = chosen["block_rows"]
     assert chosen["blocks"] * block_rows >= rows > (chosen["blocks"] - 1) * block_rows
     assert chosen["groups"] * chosen["group_columns"] >= chosen["columns"]
     assert (chosen["groups"] - 1) * chosen["group_columns"] < chosen["columns"]
-    assert chosen["k_steps"] * 8 * chosen["tile_terms"] >= terms
     parts = [chosen[f"{place}_weight_bytes"] for place in ("register", "shared", "streamed")]
     assert min(parts) >= 0
     assert chosen["blocks"] * sum(parts) == chosen["weights_bytes"]
@@ -45,8 +44,11 @@ def check(chosen, T, B, H, backward, cell, directions, properties):
     assert chosen["shared_bytes"] <= properties["shared_bytes"]
     if chosen["method"] == "local":
         assert chosen["blocks"] == 1
+        assert parts[1:] == [0, 0]
+        return
+    assert chosen["k_steps"] * 8 * chosen["tile_terms"] >= terms
     if chosen["method"] == "cluster":
-        assert 1 < chosen["blocks"] <= properties["largest_cluster"]
+        assert 1 <= chosen["blocks"] <= properties["largest_cluster"]
     if chosen["method"] == "grid":
         assert properties["cooperative"]
         resident = chosen["blocks"] * chosen["groups"] * directions

@@ -31,7 +31,8 @@ struct Backward {
   const Carry& carry;
 
   RNNFAST_DEVICE int terms() const { return gates * int(shape.H); }
-  RNNFAST_DEVICE Real weight(Index r, Index k) const { return layer.w_hh[k * shape.H + r]; }
+  RNNFAST_DEVICE Real weight(int unit, int, int k) const { return layer.w_hh[Index(k) * shape.H + unit]; }
+  RNNFAST_DEVICE Real weight(Index r, Index k) const { return weight(int(r), 0, int(k)); }
   RNNFAST_DEVICE Real initial(Index, Index) const { return Real{}; }  // a window begins with nothing
 
   RNNFAST_DEVICE bool overlapping() const { return shape.k2 > shape.k1; }
@@ -76,75 +77,95 @@ struct Backward {
     carry.dc[Index(column) * shape.H + unit] = dc;
   }
 
+  // A window's last step, where nothing comes from behind; the step before its first one, where what arrives is the
+  // gradient of the initial state; one before the window's own losses.
+  RNNFAST_DEVICE bool starts(int p, const Column& column) const { return step(p, column) == column.end - 1; }
+  RNNFAST_DEVICE bool ends(int p, const Column& column) const { return step(p, column) == -1; }
+  RNNFAST_DEVICE bool counts(int p, const Column& column) const { return step(p, column) >= column.begin; }
+
+  // As they lie in memory: to convert a number is to wait for it.
   struct Inputs {
-    int row;
-    bool inside, starts, adds, ends;  // ends: what arrives is the gradient of the initial state
-    State dh, dc;                     // that come from outside
+    Real dy;
+    State dc;  // of every step's cell state
     Real gate[gates];
-    State c_prev, state;  // state: c, or an RNN's h
+    State c_prev, c;
+    Real y;
   };
 
   RNNFAST_DEVICE Inputs load(int p, const Column& column, int unit) const {
     Inputs in{};
-    const int H = int(shape.H), step = this->step(p, column);
-    in.inside = is_inside(p, column);
-    in.ends = step == -1;
-    if (!in.inside) return in;
-    in.row = row(p, column);
-    in.starts = step == column.end - 1;
-    const Index here = Index(in.row) * H + unit;
-    const bool counts = step >= column.begin, final = step == int(shape.T) - 1;
-    in.adds = overlapping() && !counts;
-    if (counts && layer.dy) in.dh = widen(layer.dy[here]);
-    if (final && layer.dh_n) in.dh += widen(layer.dh_n[Index(column.b) * H + unit]);
+    if (!is_inside(p, column)) return in;
+    const int H = int(shape.H), row = this->row(p, column);
+    const Index here = Index(row) * H + unit;
+    const bool counts = this->counts(p, column);
+    if (counts && layer.dy) in.dy = layer.dy[here];
     if constexpr (gates == 4) {
       if (counts && layer.dc) in.dc = layer.dc[here];
-      if (final && layer.dc_n) in.dc += layer.dc_n[Index(column.b) * H + unit];
       const Index before = Index(layer.reverse ? shape.B : -shape.B) * H;
-      in.c_prev = step == 0 ? layer.c0[Index(column.b) * H + unit] : layer.c[here + before];
-      in.state = layer.c[here];
-      const Real* from = layer.gates + Index(in.row) * (4 * H) + unit;
+      in.c_prev = step(p, column) == 0 ? layer.c0[Index(column.b) * H + unit] : layer.c[here + before];
+      in.c = layer.c[here];
+      const Real* from = layer.gates + Index(row) * (4 * H) + unit;
       RNNFAST_UNROLL
       for (int gate = 0; gate < 4; ++gate, from += H) in.gate[gate] = *from;
     } else {
-      in.state = widen(layer.y[here]);
+      in.y = layer.y[here];
     }
     return in;
   }
 
-  template <class Put>
-  RNNFAST_DEVICE void finish(int, int index, int unit, const Inputs& in, const State (&sums)[1], State& dc_after,
-                             bool keeps, Put&& put) const {
-    using V = Number<State>;
-    const int H = int(shape.H);
-    if (!in.inside) {
-      if (in.ends) carry.starts[Index(index) * H + unit] = sums[0];
-      return;
-    }
-    const V dh(in.starts ? in.dh : in.dh + sums[0]);
+  struct Outputs {
     State da[gates];
+    State end;  // what arrives at the initial state
+  };
+
+  RNNFAST_DEVICE Outputs compute(int p, const Column& column, int unit, const Inputs& in, const State (&sums)[1],
+                                 State& dc_after) const {
+    using V = Number<State>;
+    Outputs out{};
+    out.end = sums[0];
+    if (!is_inside(p, column)) return out;
+    const bool starts = this->starts(p, column), final = step(p, column) == int(shape.T) - 1;
+    const Index at = Index(column.b) * shape.H + unit;
+    State outer = widen(in.dy);
+    if (final && layer.dh_n) outer += widen(layer.dh_n[at]);
+    const V dh(starts ? outer : outer + sums[0]);
     if constexpr (gates == 4) {
       const LstmGates<V> gate{V(widen(in.gate[0])), V(widen(in.gate[1])), V(widen(in.gate[2])),
                               V(widen(in.gate[3]))};
-      V dc(in.starts ? in.dc : dc_after + in.dc);
+      State outer_dc = in.dc;
+      if (final && layer.dc_n) outer_dc += layer.dc_n[at];
+      V dc(starts ? outer_dc : dc_after + outer_dc);
       LstmGates<V> gradient{V(0), V(0), V(0), V(0)};
-      lstm_backward(gate, V(in.c_prev), V(in.state), dh, dc, gradient);
+      lstm_backward(gate, V(in.c_prev), V(in.c), dh, dc, gradient);
       dc_after = dc.value;
-      da[0] = gradient.i.value;
-      da[1] = gradient.f.value;
-      da[2] = gradient.g.value;
-      da[3] = gradient.o.value;
+      out.da[0] = gradient.i.value;
+      out.da[1] = gradient.f.value;
+      out.da[2] = gradient.g.value;
+      out.da[3] = gradient.o.value;
     } else {
-      da[0] = rnn_backward(shape.cell, V(in.state), dh).value;
+      out.da[0] = rnn_backward(shape.cell, V(widen(in.y)), dh).value;
     }
+    return out;
+  }
+
+  RNNFAST_DEVICE bool sends(int p, const Column& column) const { return is_inside(p, column); }
+  template <class Put>
+  RNNFAST_DEVICE void for_each_sent(int unit, const Outputs& out, Put&& put) const {
     RNNFAST_UNROLL
-    for (int gate = 0; gate < gates; ++gate) put(gate * H + unit, narrow<Real>(da[gate]));
-    if (!keeps) return;
-    Real* kept = layer.da + Index(in.row) * (gates * H) + unit;
+    for (int gate = 0; gate < gates; ++gate) put(gate * int(shape.H) + unit, narrow<Real>(out.da[gate]));
+  }
+
+  RNNFAST_DEVICE void store(int p, const Column& column, int index, int unit, const Outputs& out, State,
+                            bool keeps) const {
+    const int H = int(shape.H);
+    if (ends(p, column)) carry.starts[Index(index) * H + unit] = out.end;
+    if (!keeps || !is_inside(p, column)) return;
+    Real* kept = layer.da + Index(row(p, column)) * (gates * H) + unit;
+    const bool adds = overlapping() && !counts(p, column);
     // A step's own block comes first, then the later ones whose windows reach back to it.
     RNNFAST_UNROLL
     for (int gate = 0; gate < gates; ++gate, kept += H)
-      *kept = narrow<Real>(in.adds ? widen(*kept) + da[gate] : da[gate]);
+      *kept = narrow<Real>(adds ? widen(*kept) + out.da[gate] : out.da[gate]);
   }
 };
 

@@ -68,7 +68,6 @@ inline std::vector<Plan> plans(const Device& device, bool backward, const std::s
 inline py::dict as_dict(const Plan& plan) {
   const Tiling& tiling = plan.tiling;
   const Residency weights = residency(plan);
-  const Index tile_bytes = plan.engine.tile_bytes;
   const Counts& counts = plan.counts;
   return py::dict(
       "method"_a = name(plan.method), "format"_a = name(plan.work.format),
@@ -80,9 +79,9 @@ inline py::dict as_dict(const Plan& plan) {
       "tile_terms"_a = plan.engine.step, "row_tiles"_a = plan.engine.row_tiles,
       "bundles"_a = tiling.bundles, "k_steps"_a = tiling.k_steps,
       "register_steps"_a = tiling.register_steps, "shared_tiles"_a = tiling.shared_tiles,
-      "register_weight_bytes"_a = weights.registers * tile_bytes,
-      "shared_weight_bytes"_a = weights.shared * tile_bytes,
-      "streamed_weight_bytes"_a = weights.streamed * tile_bytes, "weights_bytes"_a = plan.weights_bytes,
+      "block_rows"_a = block_rows(plan), "register_weight_bytes"_a = weights.registers,
+      "shared_weight_bytes"_a = weights.shared, "streamed_weight_bytes"_a = weights.streamed,
+      "weights_bytes"_a = plan.weights_bytes,
       "shared_bytes"_a = plan.shared.bytes, "partial_buffers"_a = tiling.partial_buffers,
       "scratch_bytes"_a = plan.scratch_bytes,
       "counts"_a = py::dict("items"_a = counts.items, "trips"_a = counts.trips, "tiles"_a = counts.tiles,

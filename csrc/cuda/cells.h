@@ -23,12 +23,14 @@ cells(RNNFAST_ARGUMENT CellsArguments<Step> args) {
   const Index at = Index(block_index().x) * block_threads + thread_index(), H = args.shape.H;
   if (at >= args.shape.B * H) return;
   const int b = int(at / H), unit = int(at % H);
-  const typename Step::Inputs inputs = step.load(args.p, step.column(b), unit);
+  const typename Step::Column column = step.column(b);
+  const typename Step::Inputs inputs = step.load(args.p, column, unit);
   State sums[Step::sums];
   RNNFAST_UNROLL
   for (int sum = 0; sum < Step::sums; ++sum) sums[sum] = args.sums[(Index(b) * Step::sums + sum) * H + unit];
   State state = Step::has_state ? step.state_before(args.p, b, unit) : State(0);
-  step.finish(args.p, b, unit, inputs, sums, state, true, [](int, typename Step::Real) {});
+  const typename Step::Outputs outputs = step.compute(args.p, column, unit, inputs, sums, state);
+  step.store(args.p, column, b, unit, outputs, state, true);
   if (Step::has_state) step.keep_state(b, unit, state);
 }
 

@@ -36,10 +36,11 @@ struct Forward {
 
   RNNFAST_DEVICE int terms() const { return int(shape.H); }
 
-  // Weight row r of the packed matrix: the gates of a unit follow each other.
-  RNNFAST_DEVICE Real weight(Index r, Index k) const {
-    return layer.w_hh[(r % gates * shape.H + r / gates) * shape.H + k];
+  // The weight by which a unit's sum takes term k. Row r of the packed matrix: the gates of a unit follow each other.
+  RNNFAST_DEVICE Real weight(int unit, int sum, int k) const {
+    return layer.w_hh[Index(sum * int(shape.H) + unit) * shape.H + k];
   }
+  RNNFAST_DEVICE Real weight(Index r, Index k) const { return weight(int(r / gates), int(r % gates), int(k)); }
 
   // What comes in at the first step.
   RNNFAST_DEVICE Real initial(Index column, Index k) const { return layer.h0[column * shape.H + k]; }
@@ -71,53 +72,67 @@ struct Forward {
     layer.c_n[Index(column) * shape.H + unit] = c;
   }
 
-  // What a cell reads that nobody writes during the launch, and where it stands.
+  // What a cell reads that nobody writes during the launch.
   struct Inputs {
-    int row, b;
     Real a[gates];
   };
 
   RNNFAST_DEVICE Inputs load(int p, const Column& column, int unit) const {
     const int H = int(shape.H);
     Inputs inputs;
-    inputs.row = row(p, column);
-    inputs.b = column.b;
-    const Real* a = layer.a + Index(inputs.row) * (gates * H) + unit;
+    const Real* a = layer.a + Index(row(p, column)) * (gates * H) + unit;
     RNNFAST_UNROLL
     for (int gate = 0; gate < gates; ++gate, a += H) inputs.a[gate] = *a;
     return inputs;
   }
 
-  // put(k, number) hands number k of the vector to the next step; keeps: and that is not the output already.
-  template <class Put>
-  RNNFAST_DEVICE void finish(int p, int, int unit, const Inputs& in, const State (&sums)[gates], State& c,
-                             bool keeps, Put&& put) const {
-    using V = Number<State>;
-    const int H = int(shape.H);
-    const Index here = in.row;
+  struct Outputs {
     Real h;
+    State gate[gates];  // LSTMs
+  };
+
+  RNNFAST_DEVICE Outputs compute(int, const Column&, int, const Inputs& in, const State (&sums)[gates],
+                                 State& c) const {
+    using V = Number<State>;
+    Outputs out{};
     if constexpr (gates == 4) {
       LstmGates<V> gate{V(widen(in.a[0]) + sums[0]), V(widen(in.a[1]) + sums[1]), V(widen(in.a[2]) + sums[2]),
                         V(widen(in.a[3]) + sums[3])};
       V after(0), wide(0);
       lstm_forward(gate, V(c), after, wide);
       c = after.value;
-      h = narrow<Real>(wide.value);
-      put(unit, h);
-      if (layer.c) layer.c[here * H + unit] = c;
-      if (layer.gates) {
-        Real* kept = layer.gates + here * (4 * H) + unit;
-        kept[0] = narrow<Real>(gate.i.value);
-        kept[H] = narrow<Real>(gate.f.value);
-        kept[2 * H] = narrow<Real>(gate.g.value);
-        kept[3 * H] = narrow<Real>(gate.o.value);
-      }
+      out.h = narrow<Real>(wide.value);
+      out.gate[0] = gate.i.value;
+      out.gate[1] = gate.f.value;
+      out.gate[2] = gate.g.value;
+      out.gate[3] = gate.o.value;
     } else {
-      h = narrow<Real>(rnn_forward(shape.cell, V(widen(in.a[0]) + sums[0])).value);
-      put(unit, h);
+      out.h = narrow<Real>(rnn_forward(shape.cell, V(widen(in.a[0]) + sums[0])).value);
     }
-    if (keeps) layer.y[here * H + unit] = h;
-    if (p == int(shape.T) - 1) layer.h_n[Index(in.b) * H + unit] = h;
+    return out;
+  }
+
+  // Whether a cell hands numbers to the next step, and put(k, number) for each.
+  RNNFAST_DEVICE bool sends(int, const Column&) const { return true; }
+  template <class Put>
+  RNNFAST_DEVICE void for_each_sent(int unit, const Outputs& out, Put&& put) const {
+    put(unit, out.h);
+  }
+
+  // keeps: what was handed on is not the output already.
+  RNNFAST_DEVICE void store(int p, const Column& column, int, int unit, const Outputs& out, State c,
+                            bool keeps) const {
+    const int H = int(shape.H), row = this->row(p, column);
+    const Index here = Index(row) * H + unit;
+    if (keeps) layer.y[here] = out.h;
+    if (p == int(shape.T) - 1) layer.h_n[Index(column.b) * H + unit] = out.h;
+    if constexpr (gates == 4) {
+      if (layer.c) layer.c[here] = c;
+      if (!layer.gates) return;
+      Real* kept = layer.gates + Index(row) * (4 * H) + unit;
+      RNNFAST_UNROLL
+      for (int gate = 0; gate < 4; ++gate, kept += H) *kept = narrow<Real>(out.gate[gate]);
+    }
   }
 };
 

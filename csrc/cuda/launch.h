@@ -1,10 +1,12 @@
 // From a plan and addresses to launches: the same code on a GPU and on the emulator.
 #pragma once
 
+#include <iterator>
 #include <utility>
 
 #include "cells.h"
 #include "kernels.h"
+#include "local.h"
 #include "pack.h"
 #include "recurrence.h"
 
@@ -94,9 +96,61 @@ void empty(const Plan& plan, Real* exchange, Stream stream) {
   if (padding > 0) fill(exchange + terms, 0, padding, rows, pitch, stream);
 }
 
+template <class Real>
+constexpr Format tensor_core_format() {
+  return std::is_same<Real, BFloat16>::value  ? Format::bfloat16
+         : std::is_same<Real, Float16>::value ? Format::float16
+         : std::is_same<Real, float>::value   ? Format::tf32
+                                              : Format::float64;
+}
+
+// body(engine, problem): the types for a plan's number of units and columns.
+template <class Step, int number = 0, class Body>
+void with_local_types(const Plan& plan, Body&& body) {
+  using Real = typename Step::Real;
+  constexpr int sizes = int(std::size(local_units)), kinds = int(std::size(local_columns));
+  if constexpr (number < sizes * kinds) {
+    constexpr int units = local_units[number / kinds], columns = local_columns[number % kinds];
+    constexpr int terms = Step::sums == 1 ? units * Step::gates : units;
+    if constexpr (is_local(tensor_core_format<Real>(), columns, units, Step::sums, terms)) {
+      using Problem = LocalProblem<Real, units, Step::sums, terms>;
+      using Engine = std::conditional_t<columns == 8, LocalMma<Problem>, LocalFma<Problem, columns == 8 ? 1 : columns>>;
+      if (plan.local_units == units && plan.tiling.group_columns == columns)
+        return body(Engine{}, Problem{});
+    }
+    with_local_types<Step, number + 1>(plan, body);
+  } else {
+    throw std::logic_error(describe(plan) + ": no kernel for this plan");
+  }
+}
+
+template <class Step>
+void run_locally(const Plan& plan, const typename Step::Layer* layers, int steps, void* scratch, Stream stream) {
+  Arguments<Step> args = arguments_of<Step>(plan, layers, static_cast<char*>(scratch));
+  args.end = steps;
+  with_local_types<Step>(plan, [&](auto engine, auto problem) {
+    using Engine = decltype(engine);
+    constexpr int packed = Engine::pack_warps * Engine::packs * 32;
+    launch(describe(plan) + ", packing", pack_locally<Engine, Step>,
+           {{(packed + block_threads - 1) / block_threads, 1, plan.work.directions}, block_threads, 1, 0, false}, stream,
+           args);
+    launch(describe(plan), recur_locally<Engine, decltype(problem), Step>,
+           {{1, plan.groups, plan.work.directions}, Engine::warps * 32, 1, std::size_t(plan.shared.bytes), false}, stream,
+           args);
+  });
+}
+
+// The kernel for so many columns at once.
+template <class Engine, class From, class Step>
+auto recurrence_kernel(const Tiling& tiling) {
+  return tiling.pass_columns <= Engine::tile_columns ? recur<Engine, From, Step, 1>
+                                                     : recur<Engine, From, Step, Engine::column_tiles>;
+}
+
 // All launches of one recurrence; `steps` is how many steps it has.
 template <class Engine, class Step>
 void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* scratch, Stream stream) {
+  if (plan.method == Method::local) return run_locally<Step>(plan, layers, steps, scratch, stream);
   const std::string what = describe(plan);
   Arguments<Step> args = arguments_of<Step>(plan, layers, static_cast<char*>(scratch));
   const int directions = plan.work.directions;
@@ -113,17 +167,17 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   if (plan.method == Method::steps) {
     for (args.begin = 0; args.begin < steps; ++args.begin) {
       args.end = args.begin + 1;
-      launch(what, recur<Engine, FromGlobal, Step>, shape, stream, args);
+      launch(what, recurrence_kernel<Engine, FromGlobal, Step>(plan.tiling), shape, stream, args);
     }
     return;
   }
   args.end = steps;
   if (plan.method == Method::grid) {
     shape.resident = true;
-    launch(what, recur<Engine, FromGlobal, Step>, shape, stream, args);
+    launch(what, recurrence_kernel<Engine, FromGlobal, Step>(plan.tiling), shape, stream, args);
   } else {
     shape.cluster = plan.blocks;
-    launch(what, recur<Engine, FromShared, Step>, shape, stream, args);
+    launch(what, recurrence_kernel<Engine, FromShared, Step>(plan.tiling), shape, stream, args);
   }
 }
 

@@ -71,11 +71,12 @@ Counts counts_of(const Plan& plan, const Product& product) {
   Counts counts{};
   counts.items = passes;
   counts.trips = passes * double(tiling.bundles * ceil_div(tiling.k_steps, engine.inputs_ahead / column_tiles));
-  counts.tiles = passes * double((weights.registers + weights.shared + weights.streamed) * column_tiles);
+  const Index weight_bytes = weights.registers + weights.shared + weights.streamed;
+  counts.tiles = passes * double(weight_bytes / engine.tile_bytes * column_tiles);
   if (!has_vectors(plan))
     counts.input_bytes = passes * double(tiling.pass_columns * product.terms * engine.real_bytes * tiling.bundles);
   const Index streamed = weights.streamed + (plan.method == Method::steps ? weights.registers : 0);
-  counts.streamed_bytes = passes * double(streamed * engine.tile_bytes);
+  counts.streamed_bytes = passes * double(streamed);
   counts.partial_bytes = passes * double(2 * block_warps * tiling.pass_columns * rows * engine.state_bytes);
   counts.cells = cells;
   if (plan.method == Method::cluster) {
@@ -88,9 +89,27 @@ Counts counts_of(const Plan& plan, const Product& product) {
 // Blocks that run one after the other on a multiprocessor, or have a share of it.
 double waves(const Plan& plan, const Device& device) {
   const Index groups = Index(plan.groups) * plan.work.directions;
-  if (plan.method != Method::cluster) return double(ceil_div(groups * plan.blocks, device.multiprocessors));
+  if (plan.method != Method::cluster || plan.blocks == 1)
+    return double(ceil_div(groups * plan.blocks, device.multiprocessors));
   const Index clusters = Index(clustered * device.multiprocessors / plan.blocks);
   return double(ceil_div(groups, std::max<Index>(1, clusters)));
+}
+
+// A step of the method local, of which a lane's chain of instructions is all; derived by hand from the times of 47 such
+// plans on an H200, most of which it meets to 10 %.
+double local_cycles(const Plan& plan) {
+  const bool forward = plan.work.pass == Pass::forward, lstm = plan.work.shape.cell == Cell::lstm;
+  const int gates = int(gate_count(plan.work.shape.cell)), sums = forward ? gates : 1;
+  const int units = plan.local_units, terms = forward ? units : units * gates, columns = plan.tiling.group_columns;
+  if (columns == 8) {
+    const int tiles = units * sums / plan.engine.tile_rows, warps = std::min(tiles, block_warps);
+    const double cell = forward ? (lstm ? 290 : 163) : (lstm ? 970 : 440);
+    const double cells = std::max(2.0, units * 8.0 / (32 * block_warps));  // of a lane
+    return 256 + 84.0 * (tiles / warps) * (terms / plan.engine.step) + cell * cells;
+  }
+  const double rest = forward ? (lstm ? 640 : 500) : (lstm ? 990 : 610);
+  const int chunk = 16 / plan.engine.real_bytes, reads = columns * terms / 4 / chunk;
+  return rest + reads * (units / 64.0) * (30 + 1.7 * chunk * sums);
 }
 
 double step_cycles(const Plan& plan, const Device& device) {
@@ -151,8 +170,7 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
   tiling.zeros = int(std::max<Index>(tiling.k_steps, zero_steps) * each);
   tiling.exchange_stride = int(ceil_div(product.terms, chunk) * chunk);
   plan.apart = !has_vectors(plan) && (tiling.exchange_stride != product.terms || product.whole);
-  // Rows of vectors start 64 bytes apart modulo the 128 of all banks.
-  tiling.stride = has_vectors(plan) ? int((aligned(product.terms * engine.real_bytes) + 64) / engine.real_bytes) : 0;
+  tiling.stride = has_vectors(plan) ? vector_stride(product.terms, engine.real_bytes) : 0;
 
   tiling.register_steps = tiling.shared_tiles = 0;
   Index others = 0;  // tiles that are not in a warp's registers
@@ -223,9 +241,25 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
     plan.cycles = work.directions * (gemm_cycles + operations / gemm_rate(work.format));
     use(plan);
   } else if (method == Method::local) {
-    try_blocks(1);
+    if (product.whole) return;
+    plan.blocks = 1;
+    plan.tiling.columns = int(product.columns);
+    for (const int columns : local_columns) {
+      plan.local_units = local_size(work.format, columns, work.pass, gate_count(work.shape.cell), work.shape.H);
+      if (plan.local_units == 0 || (columns == 8 && !tensor_cores)) continue;
+      plan.tiling.group_columns = plan.tiling.pass_columns = columns;
+      plan.groups = int(ceil_div(product.columns, columns));
+      const Index terms = product.terms / work.shape.H * plan.local_units;
+      plan.shared.bytes = 2 * columns * vector_stride(terms, plan.engine.real_bytes) * plan.engine.real_bytes;
+      const Index sums = product.rows / work.shape.H;
+      plan.weights_bytes = std::size_t(plan.local_units * sums * terms * plan.engine.real_bytes);
+      if (!can_run(device, plan)) continue;
+      plan.cycles = waves(plan, device) * local_cycles(plan);
+      plan.scratch_bytes = scratch_layout(plan).bytes;
+      use(plan);
+    }
   } else if (method == Method::cluster) {
-    for (Index blocks = 2; blocks <= std::min<Index>(tiles, device.largest_cluster); blocks *= 2)
+    for (Index blocks = 1; blocks <= std::min<Index>(tiles, device.largest_cluster); blocks *= 2)
       try_blocks(blocks);
   } else {
     const Index most = method == Method::grid ? std::min<Index>(tiles, device.multiprocessors) : tiles;
@@ -261,12 +295,19 @@ void check(const Device& device, const Work& work) {
 }  // namespace
 
 Residency residency(const Plan& plan) {
+  if (plan.method == Method::local) return {Index(plan.weights_bytes), 0, 0};
   const Tiling& tiling = plan.tiling;
-  const Index row_tiles = plan.engine.row_tiles;
-  const Index registers = tiling.register_steps * row_tiles;  // of a warp
+  const Index row_tiles = plan.engine.row_tiles, all_warps = Index(block_warps) * plan.engine.tile_bytes;
+  const Index registers = tiling.register_steps * row_tiles;  // tiles of a warp
   const Index others = tiling.bundles * tiling.k_steps * row_tiles - registers;
   const Index shared = std::min<Index>(tiling.shared_tiles, others);
-  return {block_warps * registers, block_warps * shared, block_warps * (others - shared)};
+  return {all_warps * registers, all_warps * shared, all_warps * (others - shared)};
+}
+
+Index block_rows(const Plan& plan) {
+  if (plan.method == Method::local)
+    return plan.local_units * (plan.work.pass == Pass::forward ? gate_count(plan.work.shape.cell) : 1);
+  return Index(plan.tiling.bundles) * plan.engine.row_tiles * plan.engine.tile_rows;
 }
 
 Plan plan_recurrence(const Device& device, const Work& work, Method method) {

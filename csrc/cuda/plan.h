@@ -5,8 +5,8 @@
 // a batch row of one truncation window. Blocks in a `group` share the weights' rows among them and hand
 // their results round every step; groups own columns of their own and never meet.
 //
-//   local       the group is one block: no exchange, all in its shared memory
-//   cluster     the group is a thread-block cluster; results go to its blocks' shared memory
+//   local       the group is one block, whose registers hold all weights (local.h): no exchange; small layers
+//   cluster     the group is a thread-block cluster, or one block; results go to its blocks' shared memory
 //   grid        the group is any number of blocks, all resident at once; results go through L2
 //   steps       a launch for every step: the fallback that never waits, so it needs no residency
 //   gemm        a product by the caller's library and a launch for the cells, for every step: for problems so large
@@ -63,6 +63,39 @@ constexpr EngineTraits engine_traits(Format format, bool tensor_cores, Pass pass
   return {false, 16, 8, 64, 2048, 1, 2, 1, 1, 2, 4};
 }
 
+constexpr Index aligned(Index bytes) { return (bytes + 127) / 128 * 128; }
+
+// Numbers from one vector to the next in shared memory: they begin 64 bytes apart modulo the 128 of all banks.
+constexpr int vector_stride(Index terms, Index real_bytes) {
+  return int((aligned(terms * real_bytes) + 64) / real_bytes);
+}
+
+// The method local: there are kernels for so many units, and for so many columns at once, 8 on tensor cores.
+constexpr int local_units[] = {64, 128, 256}, local_columns[] = {1, 4, 8};
+
+// Whether a block's registers hold the weights of so many units, and leave room to compute. `terms` are those of a row.
+constexpr bool is_local(Format format, int columns, int units, int sums, int terms) {
+  const int bits = format == Format::float64 ? 64 : format == Format::float16 || format == Format::bfloat16 ? 16 : 32;
+  if (columns == 8) {
+    if (format == Format::float32 || format == Format::float64) return false;
+    const int tiles = units * sums / 16, warps = tiles < block_warps ? tiles : block_warps;
+    return tiles / warps * terms * bits / 64 <= 128;
+  }
+  if (columns == 4 && bits == 16) return false;  // tensor cores are better at that
+  const int registers = sums * terms / 4 * (bits == 64 ? 2 : 1);
+  return registers <= (units <= 64 ? 128 : 32) && units <= 128;
+}
+
+// The least units that have room for H, or 0.
+constexpr int local_size(Format format, int columns, Pass pass, Index gates, Index H) {
+  const bool forward = pass == Pass::forward;
+  for (const int units : local_units)
+    if (H <= units)
+      return is_local(format, columns, units, forward ? int(gates) : 1, forward ? units : units * int(gates)) ? units
+                                                                                                            : 0;
+  return 0;
+}
+
 // How a launch is cut up: what the kernel needs to know. A warp multiplies a bundle of `row_tiles` tiles of
 // rows at once, by `column_tiles` tiles of columns; its tiles of weights lie in registers, then in shared memory, and
 // the rest comes from L2 every step.
@@ -101,8 +134,9 @@ struct Plan {
   Method method;
   EngineTraits engine;
   Tiling tiling;
-  int blocks;  // in a group
-  int groups;  // for each direction
+  int local_units;  // that the kernel is made for (local)
+  int blocks;       // in a group
+  int groups;       // for each direction
   // What goes round in global memory is not the output: rows of that are no whole 16 bytes, or windows overlap.
   bool apart;
   SharedLayout shared;
@@ -113,12 +147,15 @@ struct Plan {
   std::string reason;         // why there is a launch for every step; else empty
 };
 
-// Where a block's tiles of weights are from step to step. Those of the last block's missing rows count.
+// Where the bytes of a block's weights are from step to step. Those of the last block's missing rows count.
 struct Residency {
   Index registers, shared, streamed;
 };
 
 Residency residency(const Plan& plan);
+
+// Rows of weights that a block has room for.
+Index block_rows(const Plan& plan);
 
 // The best plan, or the best of one method. Throws std::invalid_argument where that method cannot run it.
 Plan plan_recurrence(const Device& device, const Work& work);
@@ -167,6 +204,5 @@ constexpr int partial_stride(const Tiling& tiling, int bundle_rows) {
   return tiling.bundles * bundle_rows + 4;
 }
 
-constexpr Index aligned(Index bytes) { return (bytes + 127) / 128 * 128; }
 
 }  // namespace rnnfast::cuda

@@ -76,6 +76,7 @@ struct Products {
   // if there are several passes, and those of `next` are then.
   RNNFAST_DEVICE void run(const typename Weights<Engine>::Resident& resident, const Item& item, const Item& next) {
     const Tiling& tiling = of.tiling;
+    const bool stay = tiling.k_steps <= 2 * group_steps;  // inputs, in registers, for all bundles
     int at = 0;
     for (int bundle = 0; bundle < tiling.bundles; ++bundle) {
       typename Engine::Sums sums[row_tiles][tiles] = {};
@@ -142,7 +143,7 @@ struct Products {
         load(second + 2 * group_steps, odd);
         if (second + group_steps < tiling.k_steps) await(second + group_steps, even);
       }
-      if (bundle + 1 < tiling.bundles) begin();
+      if (bundle + 1 < tiling.bundles && !stay) begin();
       const int pitch = of.partial_pitch;
       State* out = of.partials_of(item) + of.warp * (tiling.pass_columns * pitch) + bundle * bundle_rows;
       RNNFAST_UNROLL

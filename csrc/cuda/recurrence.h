@@ -218,28 +218,34 @@ struct Recurrence {
     const int at = item.pass_begin + n;
     State* kept = states + at * units + unit_in_block;
     State state = Step::has_state ? load_shared(kept) : State(0);
+    const typename Step::Column column = column_at(at);
+    const typename Step::Outputs outputs = step.compute(item.p, column, own_unit, inputs, sums, state);
+    if (step.sends(item.p, column)) hand_on(item, at, column, outputs);
+    step.store(item.p, column, column_of(at), own_unit, outputs, state, in_shared || args.apart);
+    if (Step::has_state) store_shared(kept, state);
+  }
+
+  // A cell's numbers of the next step's vector, to whoever waits for them.
+  RNNFAST_DEVICE void hand_on(const Item& item, int at, const typename Step::Column& column,
+                              const typename Step::Outputs& outputs) const {
     Real* out = nullptr;
     if constexpr (in_shared) {
+      if (item.p + 1 >= args.end) return;
       out = shared_vector(item.p + 1, at);
     } else {
-      out = args.exchange[direction] + exchange_row(item.p, at, inputs.row) * tiling.exchange_stride;
+      out = args.exchange[direction] + exchange_row(item.p, at, step.row(item.p, column)) * tiling.exchange_stride;
     }
-    const bool last = item.p + 1 >= args.end;
-    const bool keeps = in_shared || args.apart;
-    step.finish(item.p, column_of(at), own_unit, inputs, sums, state, keeps, [&](int k, Real value) {
+    step.for_each_sent(own_unit, outputs, [&](int k, Real value) {
       const Bits bits = never_absent(value);
       if constexpr (!in_shared) {
         publish(InGlobal{}, reinterpret_cast<Bits*>(out + k), bits);
-      } else if (!last) {
-        if (args.blocks == 1) {
-          publish_shared(out + k, bits);
-        } else {
-          for (int rank = 0; rank < args.blocks; ++rank)
-            publish_to_peer(rank, reinterpret_cast<Bits*>(out + k), bits);
-        }
+      } else if (args.blocks == 1) {
+        publish_shared(out + k, bits);
+      } else {
+        for (int rank = 0; rank < args.blocks; ++rank)
+          publish_to_peer(rank, reinterpret_cast<Bits*>(out + k), bits);
       }
     });
-    if (Step::has_state) store_shared(kept, state);
   }
 
   // Whether there is such a cell; then also its inputs.
@@ -291,6 +297,7 @@ struct Recurrence {
     }
   }
 
+  template <int tiles>
   RNNFAST_DEVICE void run() const {
     typename Weights<Engine>::Resident resident;
     weights.settle(resident);
@@ -301,11 +308,7 @@ struct Recurrence {
     });
     if (in_shared) prepare_vectors();
     sync_group();
-    if (Engine::column_tiles == 1 || tiling.pass_columns <= Engine::tile_columns) {
-      run_steps<1>(resident);
-    } else {
-      run_steps<Engine::column_tiles>(resident);
-    }
+    run_steps<tiles>(resident);
     for_each_state([&](int unit, int column, State* state) {
       step.keep_state(column, unit, load_shared(state));
     });
@@ -313,12 +316,13 @@ struct Recurrence {
   }
 };
 
-template <class Engine, class From, class Step>
+// tiles: of columns, that an item has.
+template <class Engine, class From, class Step, int tiles>
 RNNFAST_KERNEL(block_threads)
 recur(RNNFAST_ARGUMENT Arguments<Step> args) {
   if constexpr (Engine::is_built) {
     const Recurrence<Engine, From, Step> recurrence(args);
-    recurrence.run();
+    recurrence.template run<tiles>();
   } else {
     fail();
   }

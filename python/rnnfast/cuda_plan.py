@@ -92,6 +92,9 @@ class CudaPlan:
             products = f"  gemm, {launches}; a product by torch before each"
             return f"{head}\n{products}; about {self.cycles:.0f} cycles a step"
         rows, columns, terms = self.tile
+        tiles = [f"  tiles of {rows} rows x {columns} columns x {terms} terms"]
+        if self.method == "local" and self.group_columns < columns:
+            tiles = []  # no tensor cores for so few
         passes = "" if self.pass_columns >= self.group_columns else f", {self.pass_columns} at once"
         places = (
             f"{size(self.register_weight_bytes)} in registers",
@@ -103,7 +106,7 @@ class CudaPlan:
                 head,
                 f"  {self.method}, {launches}; {groups}; a block has {self.block_rows} rows of "
                 f"weights and {self.group_columns} of {self.columns} columns{passes}",
-                f"  tiles of {rows} rows x {columns} columns x {terms} terms",
+                *tiles,
                 f"  a block's weights: {', '.join(places)}",
                 f"  shared memory {size(self.shared_bytes)} a block, scratch "
                 f"{size(self.scratch_bytes)}; about {self.cycles:.0f} cycles a step",
@@ -161,7 +164,6 @@ def layer_plans(
             CudaPlan(
                 *(f"layer {layer}{name}", which, cell, *sizes, dtype, number),
                 launches=launches.get(plan["method"], 1),
-                block_rows=plan["bundles"] * plan["row_tiles"] * plan["tile_rows"],
                 tile=(plan["tile_rows"], plan["tile_columns"], plan["tile_terms"]),
                 **{name: plan[name] for name in _AS_THEY_ARE},
             )
@@ -171,7 +173,7 @@ def layer_plans(
 
 _AS_THEY_ARE = (
     *("method", "reason", "directions", "groups", "blocks", "columns", "group_columns"),
-    *("pass_columns", "register_weight_bytes", "shared_weight_bytes"),
+    *("pass_columns", "block_rows", "register_weight_bytes", "shared_weight_bytes"),
     *("streamed_weight_bytes", "shared_bytes", "scratch_bytes", "cycles"),
 )
 

@@ -19,7 +19,7 @@ from pairwise import pairwise
 from rnnfast import cuda_ops
 from tolerance import assert_close
 
-OURS = ["local", "cluster", "grid", "steps"]
+OURS = ["local", "cluster", "grid", "resident", "steps"]
 METHODS = [*OURS, "gemm"]  # whose products are torch's
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LARGE = {"multiprocessors": 24}

@@ -21,6 +21,7 @@ struct Arguments {
   int begin, end;      // steps of this launch
   int blocks;          // of a group
   bool may_be_early;   // who reads a vector has to wait until it is there
+  bool paired;         // the rows of weights are in resident.h's order
   bool apart;          // the exchange is no output, which is written besides
 };
 

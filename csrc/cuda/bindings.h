@@ -27,9 +27,11 @@ inline Format format_of(const std::string& wanted) {
 }
 
 inline Method method_of(const std::string& wanted) {
-  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::steps, Method::gemm})
+  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::resident, Method::steps,
+                              Method::gemm})
     if (wanted == name(method)) return method;
-  throw std::invalid_argument("the method is '" + wanted + "', but should be local, cluster, grid, steps or gemm");
+  throw std::invalid_argument("the method is '" + wanted + "', but should be local, cluster, grid, resident, "
+                              "steps or gemm");
 }
 
 inline Cell cell_of(const std::string& name) {

@@ -148,6 +148,7 @@ struct Mma {
   // One for each of a step's two instructions, which then need not wait for each other.
   struct Sums {
     float sum[2][4];
+    RNNFAST_DEVICE float of(int n) const { return sum[0][n] + sum[1][n]; }
   };
 
   struct Columns {
@@ -182,7 +183,7 @@ struct Mma {
     const int row = lane / 4, column = lane % 4 * 2;
     RNNFAST_UNROLL
     for (int n = 0; n < 4; ++n)
-      store_shared(out + (column + n % 2) * stride + row + n / 2 * 8, sums.sum[0][n] + sums.sum[1][n]);
+      store_shared(out + (column + n % 2) * stride + row + n / 2 * 8, sums.of(n));
   }
 
   template <class Weight>

@@ -9,6 +9,7 @@
 #include "local.h"
 #include "pack.h"
 #include "recurrence.h"
+#include "resident.h"
 
 namespace rnnfast::cuda {
 
@@ -91,7 +92,7 @@ void empty(const Plan& plan, Real* exchange, Stream stream) {
   const std::size_t rows = scratch_layout(plan).exchange_rows, pitch = plan.tiling.exchange_stride * sizeof(Real);
   const Index gates = gate_count(plan.work.shape.cell);
   const Index terms = (plan.work.pass == Pass::forward ? 1 : gates) * plan.work.shape.H;
-  if (plan.method == Method::grid) fill(exchange, absent_byte, pitch, rows, pitch, stream);
+  if (plan.method != Method::steps) fill(exchange, absent_byte, pitch, rows, pitch, stream);
   const std::size_t padding = pitch - std::size_t(terms) * sizeof(Real);
   if (padding > 0) fill(exchange + terms, 0, padding, rows, pitch, stream);
 }
@@ -140,6 +141,23 @@ void run_locally(const Plan& plan, const typename Step::Layer* layers, int steps
   });
 }
 
+// body(kernel) for the shape of a plan's blocks.
+template <class Step, int number = 0, class Body>
+void with_resident_kernel(const Plan& plan, Body&& body) {
+  if constexpr (number < resident_shape_count) {
+    constexpr ResidentShape shape = resident_shapes(Step::sums, number);
+    if (plan.shape == number) return body(recur_resident<Step, Shape<shape.rows, shape.steps, shape.columns>>);
+    with_resident_kernel<Step, number + 1>(plan, body);
+  } else {
+    throw std::logic_error(describe(plan) + ": no kernel for this plan");
+  }
+}
+
+template <class Engine>
+constexpr bool is_on_tensor_cores = false;
+template <class Real, int rows>
+constexpr bool is_on_tensor_cores<Mma<Real, rows>> = true;
+
 // The kernel for so many columns at once.
 template <class Engine, class From, class Step>
 auto recurrence_kernel(const Tiling& tiling) {
@@ -158,6 +176,7 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   const Index packed = Index(plan.weights_bytes / sizeof(uint4));
   const Index initial = args.initial[0] ? initial_numbers(args) : 0;
   const int pack_blocks = int(((packed > initial ? packed : initial) + block_threads - 1) / block_threads);
+  args.paired = plan.method == Method::resident && Step::sums == 4;
   launch(what + ", packing", pack<Engine, Step>, {{pack_blocks, 1, directions}, block_threads, 1, 0, false},
          stream, args, packed);
 
@@ -172,7 +191,11 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
     return;
   }
   args.end = steps;
-  if (plan.method == Method::grid) {
+  if (plan.method == Method::resident) {
+    shape.resident = true;
+    if constexpr (is_on_tensor_cores<Engine>)
+      with_resident_kernel<Step>(plan, [&](auto kernel) { launch(what, kernel, shape, stream, args); });
+  } else if (plan.method == Method::grid) {
     shape.resident = true;
     launch(what, recurrence_kernel<Engine, FromGlobal, Step>(plan.tiling), shape, stream, args);
   } else {

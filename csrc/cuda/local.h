@@ -84,9 +84,9 @@ struct LocalMma {
     for (int cell = 0; cell < cells; ++cell) {
       RNNFAST_UNROLL
       for (int sum = 0; sum < sums; ++sum) {
-        const auto& of = total[cell / group_cells][sum / 2];
+        const auto& tile = total[cell / group_cells][sum / 2];
         const int half = sums == 4 ? sum % 2 : cell % group_cells / lane_columns;
-        const auto in_column = [&](int n) { return of.sum[0][half * 2 + n] + of.sum[1][half * 2 + n]; };
+        const auto in_column = [&](int n) { return tile.of(half * 2 + n); };
         if (twins == 2) {
           out[cell][sum] = warp % 2 ? in_column(1) : in_column(0);
         } else {

@@ -6,6 +6,9 @@
 
 namespace rnnfast::cuda {
 
+// A tile has two gates of eight units, one after the other, and the next tile the other two.
+RNNFAST_DEVICE Index paired_row(Index row) { return row / 32 * 32 + row % 8 * 4 + row % 32 / 8; }
+
 // Weights in the order of the kernel, and what comes in at the first step, in rows like those of the exchange.
 template <class Engine, class Step>
 RNNFAST_KERNEL(block_threads)
@@ -27,7 +30,8 @@ pack(RNNFAST_ARGUMENT Arguments<Step> args, RNNFAST_ARGUMENT Index count) {
   const Index row = tile / k_steps * Engine::tile_rows, k = tile % k_steps * Engine::step;
   const Index rows = args.shape.H * step.sums;
   args.weights[direction][at] = Engine::pack(plane, lane, [&](int r, int n) {
-    return row + r < rows && k + n < terms ? step.weight(row + r, k + n) : Real{};
+    const Index of = args.paired ? paired_row(row + r) : row + r;
+    return of < rows && k + n < terms ? step.weight(of, k + n) : Real{};
   });
 }
 

@@ -22,6 +22,7 @@ struct Costs {
 };
 
 constexpr Costs tensor_core_costs{861, 619, 3.85, 0.0249, 0.0385, 0.0158, 1070, 49.1};
+constexpr Costs resident_costs{400, 619, 3.85, 0.0249, 0, 0.0158, 500, 0};
 constexpr Costs fma_costs{861, 619, 40, 0.0249, 0.0385, 0.06, 1070, 49.1};
 constexpr Costs double_costs{861, 619, 40, 0.0249, 0.0385, 0.06, 2000, 49.1};
 
@@ -113,7 +114,8 @@ double local_cycles(const Plan& plan) {
 }
 
 double step_cycles(const Plan& plan, const Device& device) {
-  const Costs& costs = plan.engine.tensor_cores ? tensor_core_costs
+  const Costs& costs = plan.method == Method::resident ? resident_costs
+                       : plan.engine.tensor_cores ? tensor_core_costs
                        : plan.engine.state_bytes == 8 ? double_costs
                                                       : fma_costs;
   const Counts counts = plan.counts;
@@ -192,12 +194,37 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
   return true;
 }
 
+// The same for a shape of the method resident; false where its registers don't hold the weights.
+bool fill_in_resident(const Device& device, const Product& product, Plan& plan) {
+  const int sums = int(product.rows / plan.work.shape.H);
+  const ResidentShape shape = resident_shapes(sums, plan.shape);
+  EngineTraits& engine = plan.engine;
+  engine.row_tiles = shape.rows;
+  engine.column_tiles = shape.columns;
+  engine.resident_tiles = shape.rows * shape.steps;
+  engine.inputs_ahead = shape.columns * shape.steps;
+  const Index columns = Index(shape.columns) * engine.tile_columns;
+  if (shape.columns > 1 && product.columns <= columns - engine.tile_columns) return false;
+  const Index row_blocks = ceil_div(ceil_div(product.rows, engine.tile_rows), shape.rows);
+  if (!fill_in(device, product, int(row_blocks), columns, plan)) return false;
+  if (plan.tiling.k_steps > shape.steps || plan.tiling.bundles != 1) return false;
+  for (int other = 0; other < plan.shape; ++other) {  // that would do the same
+    const ResidentShape before = resident_shapes(sums, other);
+    if (before.rows == shape.rows && before.columns == shape.columns && plan.tiling.k_steps <= before.steps)
+      return false;
+  }
+  plan.shared = {};
+  const Index pitch = Index(shape.rows) * engine.tile_rows + 4;
+  plan.shared.bytes = int(2 * block_warps * columns * pitch * engine.state_bytes);
+  return plan.shared.bytes <= device.shared_bytes;
+}
+
 bool can_run(const Device& device, const Plan& plan) {
   if (plan.method == Method::gemm)
     return plan.engine.real_bytes == plan.engine.state_bytes &&
            (plan.work.pass == Pass::forward || plan.work.shape.k1 >= plan.work.shape.T);
   if (plan.groups > 65535) return false;  // the grid's second dimension
-  if (plan.method != Method::grid) return true;
+  if (plan.method != Method::grid && plan.method != Method::resident) return true;
   // Overlapping windows' da would need more memory than is to be had, if each step had a place of its own.
   if (overlap(plan.work)) return false;
   return device.cooperative &&
@@ -255,6 +282,15 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
       plan.weights_bytes = std::size_t(plan.local_units * sums * terms * plan.engine.real_bytes);
       if (!can_run(device, plan)) continue;
       plan.cycles = waves(plan, device) * local_cycles(plan);
+      plan.scratch_bytes = scratch_layout(plan).bytes;
+      use(plan);
+    }
+  } else if (method == Method::resident) {
+    if (!plan.engine.tensor_cores) return;
+    for (plan.shape = 0; plan.shape < resident_shape_count; ++plan.shape) {
+      if (!fill_in_resident(device, product, plan) || !can_run(device, plan)) continue;
+      plan.counts = counts_of(plan, product);
+      plan.cycles = step_cycles(plan, device);
       plan.scratch_bytes = scratch_layout(plan).bytes;
       use(plan);
     }
@@ -329,7 +365,7 @@ Plan plan_recurrence(const Device& device, const Work& work) {
   check(device, work);
   Plan best{};
   bool found = false;
-  for (const Method method : {Method::local, Method::cluster, Method::grid}) {
+  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::resident}) {
     Plan plan{};
     if (!plan_method(device, work, method, plan)) continue;
     if (!found || plan.cycles < best.cycles) best = plan;

@@ -8,6 +8,7 @@
 //   local       the group is one block, whose registers hold all weights (local.h): no exchange; small layers
 //   cluster     the group is a thread-block cluster, or one block; results go to its blocks' shared memory
 //   grid        the group is any number of blocks, all resident at once; results go through L2
+//   resident    as grid, of blocks whose registers hold all weights (resident.h): medium layers, on tensor cores
 //   steps       a launch for every step: the fallback that never waits, so it needs no residency
 //   gemm        a product by the caller's library and a launch for the cells, for every step: for problems so large
 //               that the product is all there is. float32 and float64, no truncation
@@ -25,7 +26,7 @@ namespace rnnfast::cuda {
 constexpr int block_threads = 256, block_warps = block_threads / 32;
 
 enum class Format { float32, tf32, float64, float16, bfloat16 };
-enum class Method { local, cluster, grid, steps, gemm };
+enum class Method { local, cluster, grid, resident, steps, gemm };
 enum class Pass { forward, backward };
 
 struct Work {
@@ -96,6 +97,19 @@ constexpr int local_size(Format format, int columns, Pass pass, Index gates, Ind
   return 0;
 }
 
+// The method resident: what a block multiplies. Tiles of rows, steps over k of a warp, at most, tiles of columns.
+struct ResidentShape {
+  int rows, steps, columns;
+};
+
+// Where a unit has four sums these lie in two tiles.
+constexpr ResidentShape resident_shapes(int sums, int number) {
+  constexpr ResidentShape of_four[] = {{4, 4, 1}, {4, 4, 2}, {2, 4, 1}, {2, 4, 2}};
+  constexpr ResidentShape of_one[] = {{1, 8, 1}, {1, 8, 2}, {2, 4, 2}, {1, 12, 1}};
+  return sums == 4 ? of_four[number] : of_one[number];
+}
+constexpr int resident_shape_count = 4;
+
 // How a launch is cut up: what the kernel needs to know. A warp multiplies a bundle of `row_tiles` tiles of
 // rows at once, by `column_tiles` tiles of columns; its tiles of weights lie in registers, then in shared memory, and
 // the rest comes from L2 every step.
@@ -135,6 +149,7 @@ struct Plan {
   EngineTraits engine;
   Tiling tiling;
   int local_units;  // that the kernel is made for (local)
+  int shape;        // number of the kernel's (resident)
   int blocks;       // in a group
   int groups;       // for each direction
   // What goes round in global memory is not the output: rows of that are no whole 16 bytes, or windows overlap.
@@ -180,6 +195,7 @@ constexpr const char* name(Method method) {
     case Method::local: return "local";
     case Method::cluster: return "cluster";
     case Method::grid: return "grid";
+    case Method::resident: return "resident";
     case Method::gemm: return "gemm";
     case Method::steps: break;
   }

@@ -216,24 +216,34 @@ class Layers:
             kernel(plan, reverse, addresses, _address(scratch), index, stream)
 
     def _by_products(self, plan: Any, one: Recurrence, index: int, stream: int) -> None:
-        """A recurrence by a product of torch's and a launch of the cells for every step."""
-        T, B, *_ = one.sizes
+        """A recurrence by a product of torch's and a launch of the cells for every step.
+
+        The host must not fall behind: all that steps have in common is made before the first.
+        """
         forward = one.which == "forward"
         if forward:
-            _, w_hh, vector, _, vectors, *_ = one.arrays
+            _, w_hh, h0, _, outputs, *_ = one.arrays
             weights = w_hh.t()
         else:
-            weights, vectors, dh0, vector = one.arrays[4], *one.arrays[9:11], None
-        sums = vectors.new_empty(B, weights.shape[1])
-        cells = getattr(self.native, f"{one.which}_cells_{_FORMATS[one.like.dtype]}")
+            weights, outputs, dh0 = one.arrays[4], *one.arrays[9:11]
+        B, wide = one.sizes[1], state_dtype(one.like.dtype)
+        sums = outputs.new_empty(B, weights.shape[1], dtype=wide)
+        multiply = _product_into(sums, weights)
+        make = getattr(self.native, f"{one.which}_cells_{_FORMATS[one.like.dtype]}")
         addresses = list(map(_address, one.arrays))
-        for p in range(T):
-            if vector is not None:  # going back, nothing comes before the first step
-                torch.mm(vector, weights, out=sums)
-            cells(plan, one.reverse, addresses, _address(sums), p, index, stream)
-            vector = vectors[p if forward != one.reverse else T - 1 - p]
+        cells = make(plan, one.reverse, addresses, _address(sums), index, stream)
+        vectors = outputs.unbind()
+        if forward == one.reverse:
+            vectors = vectors[::-1]
+        if forward:
+            multiply(h0)
+        cells(0)  # going back, nothing comes before the first step
+        for p in range(1, len(vectors)):
+            multiply(vectors[p - 1])
+            cells(p)
         if not forward:
-            torch.mm(vector, weights, out=dh0)
+            multiply(vectors[-1])
+            dh0.copy_(sums)
 
     def _new_plans(self, device, directions, which, cell, number, *sizes) -> list[Any]:
         """The plans of the launches that follow each other; `cycles` are a step's, estimated.
@@ -256,6 +266,18 @@ def _finished(direction: Generator) -> tuple:
     except StopIteration as end:
         return end.value
     raise AssertionError("a direction asks for one launch")
+
+
+def _product_into(sums: Tensor, weights: Tensor) -> Callable[[Tensor], Any]:
+    """A function that writes vectors (B, K) times weights (K, N) to `sums`, of these' dtype."""
+    mm = torch.mm
+    if weights.dtype == sums.dtype:
+        return lambda vectors: mm(vectors, weights, out=sums)
+    if weights.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):  # torch 2.8 or newer
+        dtype = sums.dtype
+        return lambda vectors: mm(vectors, weights, out_dtype=dtype, out=sums)
+    weights = weights.to(sums.dtype)
+    return lambda vectors: mm(vectors.to(sums.dtype), weights, out=sums)
 
 
 def number_format(dtype: torch.dtype, capability: int) -> str:

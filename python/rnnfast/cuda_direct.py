@@ -1,0 +1,227 @@
+"""The short way to the CUDA kernels: eager calls on plain tensors, past torch's dispatcher.
+
+As `direct`, which hands CUDA tensors on to this: what it is for is said there. What fits is computed
+by the methods `forward` and `backward` of `cuda_ops.Layers`, which do what its operators do; for
+the rest the functions here give None, and the call goes the general way. Callers have asked
+`watched`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+
+from . import cuda_ops, ops
+from .cpu import GATES
+from .cuda_ops import Layers, state_dtype
+from .watched import PLAIN_TYPES
+from .watched import watched as _watched
+
+Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # y, h_n, c_n, c; RNNs have no c
+
+
+def _layers_for(x: Tensor) -> Layers | None:
+    return cuda_ops.layers if x.is_cuda else None
+
+
+def sequence(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    bias: bool,
+    batch_first: bool,
+    keep: str,
+) -> Results | None:
+    """A stack of one layer in one direction, as `direct.sequence` describes it."""
+    if type(x) not in PLAIN_TYPES or (layers := _layers_for(x)) is None:
+        return None
+    swap = False
+    if x.dim() == 3:
+        swap = bool(batch_first)
+        steps = x.transpose(0, 1) if swap else x
+        T, B, I = steps.shape
+        lead = (1, B)
+    elif x.dim() == 2:
+        steps, (T, I) = x, x.shape
+        B, lead = 1, (1,)
+    else:
+        return None
+    if len(weights) != (4 if bias else 2):
+        return None
+    weights = weights if bias else (*weights, None, None)
+    results = _run(layers, cell, steps, (T, B, I), states, lead, weights, False, 0, 0, keep)
+    if results is None or not swap:
+        return results
+    y, *others = results
+    return y.transpose(0, 1), *others
+
+
+def step(
+    cell: str, x: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None] | None:
+    """One step, as `direct.step` describes it: h and c."""
+    if type(x) not in PLAIN_TYPES or (layers := _layers_for(x)) is None:
+        return None
+    if x.dim() not in (1, 2) or (weights[2] is None) != (weights[3] is None):
+        return None
+    *lead, I = x.shape
+    B = lead[0] if lead else 1
+    results = _run(layers, cell, x, (1, B, I), states, lead, weights, False, 0, 0, "all")
+    return results if results is None else results[1:3]
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    reverse: bool,
+    k1: int,
+    k2: int,
+    keep: str,
+) -> Results | None:
+    """One layer in one direction, with the operators' arguments."""
+    if type(x) not in PLAIN_TYPES or (layers := _layers_for(x)) is None or x.dim() != 3:
+        return None
+    lead = x.shape[1:2]
+    return _run(layers, cell, x, tuple(x.shape), states, lead, weights, reverse, k1, k2, keep)
+
+
+def _run(layers, cell, x, rows, states, lead, weights, reverse, k1, k2, keep) -> Results | None:
+    """x in any shape that has `rows` T, B, I; states (*lead, H), or None for zeros."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    T, B, I = rows
+    if type(w_hh) not in PLAIN_TYPES or w_hh.dim() != 2 or T == 0 or is_autocast_enabled(_type(x)):
+        return None
+    H = w_hh.shape[1]
+    state_shape, gates = (*lead, H), GATES[cell] * H
+    h0 = c0 = None
+    if states is not None:
+        if not isinstance(states, (tuple, list)) or len(states) != (2 if cell == "lstm" else 1):
+            return None
+        h0, c0 = states if cell == "lstm" else (*states, None)
+        if h0 is None or (c0 is None and cell == "lstm"):
+            return None
+    biases = (gates,)
+    expected = (
+        (x, x.shape),
+        (w_ih, (gates, I)),
+        (w_hh, (gates, H)),
+        (b_ih, biases),
+        (b_hh, biases),
+        (h0, state_shape),
+        (c0, state_shape),
+    )
+    dtype, device = x.dtype, x.device
+    if w_ih is None or dtype not in cuda_ops.FORMATS:
+        return None
+    records = False
+    try:
+        for tensor, shape in expected:
+            if tensor is None:
+                continue
+            if not _plain(tensor, shape, dtype, device):
+                return None
+            records = records or tensor.requires_grad
+    except RuntimeError:
+        return None
+    sizes = (T, B, I, H)
+    if not records or not is_grad_enabled():
+        kept = "nothing" if keep == "nothing" else "cells"
+        return layers.forward(cell, sizes, reverse, kept, x, h0, c0, *weights, state_shape)[:4]
+    if keep == "nothing":
+        return None  # the operator refuses when the gradient is asked for
+    k1, k2 = ops.window(T, k1, k2)
+    return _apply(x, h0, c0, *weights, layers, cell, sizes, reverse, k1, k2, keep, state_shape)
+
+
+def _type(x: Tensor) -> str:
+    return "cuda" if x.is_cuda else x.device.type
+
+
+def _plain(
+    tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether data_ptr() leads to a tensor's very elements, and it has this shape.
+
+    RuntimeError from a tensor that has no storage, such as a sparse one. A lazy negation and lazy
+    zeros are not there to be read; nor are the elements of an empty tensor.
+    """
+    return (
+        type(tensor) in PLAIN_TYPES
+        and tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.device == device
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0
+    )
+
+
+# Autograd
+
+
+class RnnfastCudaLayer(torch.autograd.Function):
+    """What the operators' autograd formulas do, without dispatching."""
+
+    @staticmethod
+    def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, layers, *call):
+        cell, sizes, reverse, k1, k2, keep, state_shape = call
+        y, h_n, c_n, c, gates = layers.forward(
+            cell, sizes, reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh, state_shape
+        )
+        ctx.set_materialize_grads(False)
+        biases = (b_ih, b_hh) if keep == "cells" else (None, None)
+        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, *biases, y, c, gates)
+        ctx.layers, ctx.call = layers, (cell, sizes, reverse, k1, k2)
+        ctx.x_shape, ctx.state_shape = x.shape, state_shape
+        ctx.device = x.device
+        return y, h_n, c_n, c
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        saved = ctx.saved_tensors
+        need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_ = (
+            ctx.needs_input_grad
+        )
+        wants = (need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih or need_b_hh)
+        short = _may_go_back(ctx, upstream, saved)
+        gradients = (ctx.layers.backward if short else ops.backward)(
+            *ctx.call, upstream, saved, wants
+        )
+        *gradients, db = gradients
+        return *gradients, db if need_b_ih else None, db if need_b_hh else None, *(None,) * 8
+
+
+# Function.apply looks for functorch and for tensors that left it, of which there are none here.
+_apply = super(torch.autograd.Function, RnnfastCudaLayer).apply
+
+
+def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
+    """Whether these gradients may be computed here.
+
+    Not where they are to be differentiated again, nor where hooks have put something else in the
+    place of saved tensors.
+    """
+    device = ctx.device
+    if is_grad_enabled() or _watched() or is_autocast_enabled(device.type):
+        return False
+    cell, (T, B, I, H), *_ = ctx.call
+    lead, state, gates = ctx.x_shape[:-1], ctx.state_shape, GATES[cell] * H
+    y, rows = (*lead, H), (gates,)
+    expected = (  # upstream, then saved
+        *(y, state, state, y),
+        *(ctx.x_shape, state, state, (gates, I), (gates, H), rows, rows, y, y, (*lead, gates)),
+    )
+    dtype = saved[3].dtype
+    wide = state_dtype(dtype)
+    try:
+        for place, (tensor, shape) in enumerate(zip((*upstream, *saved), expected, strict=True)):
+            of_cell = place in (3, 12)  # dc and c
+            if tensor is not None and not _plain(tensor, shape, wide if of_cell else dtype, device):
+                return False
+    except RuntimeError:
+        return False
+    return True

@@ -1,9 +1,9 @@
 """The short way to the CUDA kernels: eager calls on plain tensors, past torch's dispatcher.
 
-As `direct`, which hands CUDA tensors on to this: what it is for is said there. What fits is computed
-by the methods `forward` and `backward` of `cuda_ops.Layers`, which do what its operators do; for
-the rest the functions here give None, and the call goes the general way. Callers have asked
-`watched`.
+As `direct`, which hands CUDA tensors on to this and has asked `watched`. What fits is computed by
+the methods `forward` and `backward` of `cuda_ops.Layers`, which do what its operators do; for the
+rest the functions here give None, and the call goes the general way. A profiler watches: it sees
+the operators, and with them more of the host's time than a layer takes without it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ def _run(layers, cell, x, rows, states, lead, weights, reverse, k1, k2, keep) ->
     if type(w_hh) not in PLAIN_TYPES or w_hh.dim() != 2 or T == 0 or is_autocast_enabled(_type(x)):
         return None
     H = w_hh.shape[1]
-    state_shape, gates = (*lead, H), GATES[cell] * H
     h0 = c0 = None
     if states is not None:
         if not isinstance(states, (tuple, list)) or len(states) != (2 if cell == "lstm" else 1):
@@ -105,59 +104,55 @@ def _run(layers, cell, x, rows, states, lead, weights, reverse, k1, k2, keep) ->
         h0, c0 = states if cell == "lstm" else (*states, None)
         if h0 is None or (c0 is None and cell == "lstm"):
             return None
+    state_shape, gates = (*lead, H), GATES[cell] * H
     biases = (gates,)
-    expected = (
-        (x, x.shape),
-        (w_ih, (gates, I)),
-        (w_hh, (gates, H)),
-        (b_ih, biases),
-        (b_hh, biases),
-        (h0, state_shape),
-        (c0, state_shape),
-    )
-    dtype, device = x.dtype, x.device
-    if w_ih is None or dtype not in cuda_ops.FORMATS:
+    given = (x, w_ih, w_hh, b_ih, b_hh, h0, c0)
+    shapes = (x.shape, (gates, I), w_hh.shape, biases, biases, state_shape, state_shape)
+    dtype = x.dtype
+    if w_ih is None or w_hh.shape[0] != gates or dtype not in cuda_ops.FORMATS:
         return None
-    records = False
-    try:
-        for tensor, shape in expected:
-            if tensor is None:
-                continue
-            if not _plain(tensor, shape, dtype, device):
-                return None
-            records = records or tensor.requires_grad
-    except RuntimeError:
+    if not _are_plain(given, shapes, dtype, x.device):
         return None
     sizes = (T, B, I, H)
-    if not records or not is_grad_enabled():
+    if not is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         kept = "nothing" if keep == "nothing" else "cells"
         return layers.forward(cell, sizes, reverse, kept, x, h0, c0, *weights, state_shape)[:4]
     if keep == "nothing":
         return None  # the operator refuses when the gradient is asked for
-    k1, k2 = ops.window(T, k1, k2)
-    return _apply(x, h0, c0, *weights, layers, cell, sizes, reverse, k1, k2, keep, state_shape)
+    k1, k2 = (T, T) if k1 == 0 else ops.window(T, k1, k2)
+    call = (layers, cell, sizes, reverse, k1, k2, keep, state_shape)
+    return _apply(x, h0, c0, *weights, call)
 
 
 def _type(x: Tensor) -> str:
     return "cuda" if x.is_cuda else x.device.type
 
 
-def _plain(
-    tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+def _are_plain(
+    tensors: Sequence[Tensor | None],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> bool:
-    """Whether data_ptr() leads to a tensor's very elements, and it has this shape.
+    """Whether data_ptr() leads to the tensors' very elements, and they have these shapes.
 
-    RuntimeError from a tensor that has no storage, such as a sparse one. A lazy negation and lazy
-    zeros are not there to be read; nor are the elements of an empty tensor.
+    A sparse tensor has no storage, which is a RuntimeError; a lazy negation and lazy zeros are not
+    there to be read; nor are the elements of an empty tensor.
     """
-    return (
-        type(tensor) in PLAIN_TYPES
-        and tensor.dtype is dtype
-        and tensor.shape == shape
-        and tensor.device == device
-        and not tensor.is_neg()
-        and tensor.data_ptr() != 0
-    )
+    try:
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            if tensor is not None and (
+                type(tensor) not in PLAIN_TYPES
+                or tensor.dtype is not dtype
+                or tensor.shape != shape
+                or tensor.device != device
+                or tensor.is_neg()
+                or tensor.data_ptr() == 0
+            ):
+                return False
+    except RuntimeError:
+        return False
+    return True
 
 
 # Autograd
@@ -167,32 +162,32 @@ class RnnfastCudaLayer(torch.autograd.Function):
     """What the operators' autograd formulas do, without dispatching."""
 
     @staticmethod
-    def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, layers, *call):
-        cell, sizes, reverse, k1, k2, keep, state_shape = call
+    def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, call):
+        layers, cell, sizes, reverse, _, _, keep, state_shape = call
         y, h_n, c_n, c, gates = layers.forward(
             cell, sizes, reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh, state_shape
         )
         ctx.set_materialize_grads(False)
-        biases = (b_ih, b_hh) if keep == "cells" else (None, None)
-        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, *biases, y, c, gates)
-        ctx.layers, ctx.call = layers, (cell, sizes, reverse, k1, k2)
-        ctx.x_shape, ctx.state_shape = x.shape, state_shape
-        ctx.device = x.device
+        if keep != "cells":
+            b_ih = b_hh = None
+        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, gates)
+        ctx.call, ctx.place = call, (x.shape, x.dtype, x.device)
         return y, h_n, c_n, c
 
     @staticmethod
     def backward(ctx, *upstream):
         saved = ctx.saved_tensors
-        need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, *_ = (
+        need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh, _ = (
             ctx.needs_input_grad
         )
         wants = (need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih or need_b_hh)
+        layers, cell, sizes, reverse, k1, k2, _, _ = ctx.call
         short = _may_go_back(ctx, upstream, saved)
-        gradients = (ctx.layers.backward if short else ops.backward)(
-            *ctx.call, upstream, saved, wants
+        dx, dh0, dc0, dw_ih, dw_hh, db = (layers.backward if short else ops.backward)(
+            cell, sizes, reverse, k1, k2, upstream, saved, wants
         )
-        *gradients, db = gradients
-        return *gradients, db if need_b_ih else None, db if need_b_hh else None, *(None,) * 8
+        db_ih, db_hh = db if need_b_ih else None, db if need_b_hh else None
+        return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, None
 
 
 # Function.apply looks for functorch and for tensors that left it, of which there are none here.
@@ -205,23 +200,17 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     Not where they are to be differentiated again, nor where hooks have put something else in the
     place of saved tensors.
     """
-    device = ctx.device
+    x_shape, dtype, device = ctx.place
     if is_grad_enabled() or _watched() or is_autocast_enabled(device.type):
         return False
-    cell, (T, B, I, H), *_ = ctx.call
-    lead, state, gates = ctx.x_shape[:-1], ctx.state_shape, GATES[cell] * H
-    y, rows = (*lead, H), (gates,)
-    expected = (  # upstream, then saved
-        *(y, state, state, y),
-        *(ctx.x_shape, state, state, (gates, I), (gates, H), rows, rows, y, y, (*lead, gates)),
-    )
-    dtype = saved[3].dtype
-    wide = state_dtype(dtype)
-    try:
-        for place, (tensor, shape) in enumerate(zip((*upstream, *saved), expected, strict=True)):
-            of_cell = place in (3, 12)  # dc and c
-            if tensor is not None and not _plain(tensor, shape, wide if of_cell else dtype, device):
-                return False
-    except RuntimeError:
+    _, cell, (_, _, I, H), *_, state = ctx.call
+    gates = GATES[cell] * H
+    lead, rows = x_shape[:-1], (gates,)
+    y = (*lead, H)
+    dy, dh_n, dc_n, dc = upstream
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, h, c, kept = saved
+    tensors = (dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, h, kept)
+    shapes = (y, state, state, x_shape, state, state, (gates, I), (gates, H), rows, rows, y)
+    if not _are_plain(tensors, (*shapes, (*lead, gates)), dtype, device):
         return False
-    return True
+    return c is None or _are_plain((dc, c), (y, y), state_dtype(dtype), device)

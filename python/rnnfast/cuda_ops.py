@@ -258,10 +258,10 @@ class Layers:
         arrays: tuple[tuple[Tensor | None, ...], ...],
     ) -> None:
         """Queue recurrences, as of `Recurrence`, that differ in their direction alone."""
-        dtype, index = like.dtype, max(like.get_device(), 0)  # -1 is the CPU's
+        dtype, stream = like.dtype, _current_stream(like)
         tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        kernel, launches = self._launches(which, cell, dtype, tf32, index, len(reverse), *sizes)
-        stream = _current_stream(like)
+        key = (which, cell, dtype, tf32, like.get_device(), len(reverse), sizes)
+        index, kernel, launches = self._launches(*key)
         for plan, by_products, scratch_bytes, taken in launches:
             if by_products:
                 for n in range(len(reverse))[taken]:
@@ -272,17 +272,21 @@ class Layers:
             addresses = [[0 if a is None else a.data_ptr() for a in one] for one in arrays[taken]]
             kernel(plan, reverse[taken], addresses, scratch.data_ptr(), index, stream)
 
-    def _new_launches(self, which, cell, dtype, tf32, index, directions, *sizes) -> tuple:
-        """The kernel, and for each launch its plan, what it needs, and the directions it serves."""
-        device = self._device(index)
-        work = (which, cell, number_format(dtype, device.capability), *sizes)
-        plans = self.plans(device, directions, *work)
+    def _new_launches(self, which, cell, dtype, tf32, device, directions, sizes) -> tuple:
+        """The device's index, the kernel, and a launch's plan, needs, and directions, for each.
+
+        tf32: whether torch allows it, which `number_format` sees too; here for the cache.
+        """
+        index = max(device, 0)  # -1 is the processor
+        properties = self._device(index)
+        work = (which, cell, number_format(dtype, properties.capability), *sizes)
+        plans = self.plans(properties, directions, *work)
         shares = [slice(None)] if len(plans) == 1 else [slice(n, n + 1) for n in range(directions)]
         launches = [
             (plan, plan.method == "gemm", plan.scratch_bytes, taken)
             for plan, taken in zip(plans, shares, strict=True)
         ]
-        return getattr(self.native, f"{which}_{FORMATS[dtype]}"), launches
+        return index, getattr(self.native, f"{which}_{FORMATS[dtype]}"), launches
 
     def _by_products(self, plan: Any, one: Recurrence, index: int, stream: int) -> None:
         """A recurrence by a product of torch's and a launch of the cells for every step.
@@ -408,9 +412,8 @@ class _Zeros:
 
 def _project(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
     """x W_ih^T + b_ih + b_hh over all steps: (..., G * H), dense."""
-    if b_ih is None or b_hh is None:
-        bias = b_hh if b_ih is None else b_ih
-    else:
+    bias = b_hh if b_ih is None else b_ih
+    if b_ih is not None and b_hh is not None:
         bias = b_ih + b_hh
     if x.is_contiguous():
         return torch._C._nn.linear(x, w_ih, bias)
@@ -449,10 +452,10 @@ def _gates(x, h0, w_ih, w_hh, b_ih, b_hh, y, sizes, reverse):
     """The gates (T, B, 4, H) of an LSTM that has kept its h, not them: in two products."""
     T, B, _, H = sizes
     a = _project(x, w_ih, b_ih, b_hh)
-    first, later, before = _steps(a.view(T * B, 4 * H), y.reshape(T * B, H), sizes, reverse)
+    flat, (first, later, before) = a.view(T * B, 4 * H), _steps(T, B, reverse)
     if h0 is not None:
-        first.addmm_(h0.reshape(B, H), w_hh.t())
-    later.addmm_(before, w_hh.t())
+        flat[first].addmm_(h0.reshape(B, H), w_hh.t())
+    flat[later].addmm_(y.reshape(T * B, H)[before], w_hh.t())
     gates = a.view(T, B, 4, H)
     gates[:, :, :2].sigmoid_()
     gates[:, :, 2].tanh_()
@@ -460,16 +463,12 @@ def _gates(x, h0, w_ih, w_hh, b_ih, b_hh, y, sizes, reverse):
     return gates
 
 
-def _steps(rows: Tensor, y: Tensor, sizes, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of the first step in processing order, of the others, and the y of the ones before.
-
-    rows (T * B, ...), y (T * B, H).
-    """
-    T, B, *_ = sizes
+def _steps(T: int, B: int, reverse: bool) -> tuple[slice, slice, slice]:
+    """Of T * B rows: the first step's in processing order, the others, and those before these."""
     others = (T - 1) * B
     if reverse:
-        return rows[others:], rows[:others], y[B:]
-    return rows[:B], rows[B:], y[:others]
+        return slice(others, None), slice(others), slice(B, None)
+    return slice(B), slice(B, None), slice(others)
 
 
 def _products(da, x, h0, w_ih, y, sizes, reverse, want_x, want_w_ih, want_w_hh, want_b):
@@ -483,13 +482,14 @@ def _products(da, x, h0, w_ih, y, sizes, reverse, want_x, want_w_ih, want_w_hh, 
     dw_ih = torch.mm(flat.t(), x.reshape(T * B, I)) if want_w_ih else None
     dw_hh = None
     if want_w_hh:
-        first, later, before = _steps(flat, y.reshape(T * B, H), sizes, reverse)
-        if h0 is not None:
-            dw_hh = torch.mm(first.t(), h0.reshape(B, H))
-            if T > 1:
-                dw_hh.addmm_(later.t(), before)
+        first, later, before = _steps(T, B, reverse)
+        h_before = y.reshape(T * B, H)[before]
+        if h0 is None:
+            dw_hh = torch.mm(flat[later].t(), h_before)
         else:
-            dw_hh = torch.mm(later.t(), before)
+            dw_hh = torch.mm(flat[first].t(), h0.reshape(B, H))
+            if T > 1:
+                dw_hh.addmm_(flat[later].t(), h_before)
     db = flat.sum(0) if want_b else None
     return dx, dw_ih, dw_hh, db
 

@@ -113,18 +113,23 @@ class Layers:
         not kept is None. Gates have the shape of y but 4 * H features.
         """
         T, B, _, H = sizes
-        wide = state_dtype(x.dtype)
-        if h0 is None:
-            h0 = self._zeros(x, B, H, x.dtype)
-            c0 = self._zeros(x, B, H, wide) if cell == "lstm" else None
-        else:
-            h0, c0 = _dense(h0), _dense(c0, wide)
-        arrays = _forward_arrays(cell, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh, state_shape)
+        own = h0, c0, w_ih, w_hh, b_ih, b_hh
+        arrays = self._forward_arrays(cell, sizes, keep, x, own, state_shape)
         self._launch("forward", cell, x, (T, B, H, T, T), (reverse,), (arrays,))
-        y, h_n, c_n, c, gates = arrays[4:]
-        if c_n is not None and c_n.dtype is not x.dtype:
-            c_n = c_n.to(x.dtype)
-        return y, h_n, c_n, c, gates
+        return _given(arrays, x)
+
+    def forward_both(self, cell, sizes, keep, x, first, second) -> tuple[Tensor, tuple, tuple]:
+        """y (T, B, 2 * H) of both directions and, of each, h_n, c_n, c and gates as `forward`.
+
+        first, second: h0, c0, w_ih, w_hh, b_ih, b_hh of the direction and of the reverse one.
+        """
+        T, B, _, H = sizes
+        directions = [
+            self._forward_arrays(cell, sizes, keep, x, own, (B, H)) for own in (first, second)
+        ]
+        self._launch("forward", cell, x, (T, B, H, T, T), (False, True), directions)
+        (y, *given), (y_reverse, *given_reverse) = (_given(arrays, x) for arrays in directions)
+        return torch.cat((y, y_reverse), -1), given, given_reverse
 
     def backward(
         self, cell, sizes, reverse, k1, k2, upstream, saved, wants
@@ -135,20 +140,50 @@ class Layers:
         wanted of them.
         """
         T, B, _, H = sizes
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, gates = saved
-        want_x, want_h0, want_c0, *want_weights = wants
-        state_shape = (B, H) if h0 is None else h0.shape
+        arrays = self._backward_arrays(cell, sizes, reverse, upstream, saved)
+        self._launch("backward", cell, saved[0], (T, B, H, k1, k2), (reverse,), (arrays,))
+        return _gradients(arrays, sizes, reverse, saved, wants)
+
+    def backward_both(
+        self, cell, sizes, k1, k2, upstreams, saved, wants
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """The gradients of either direction, each as `backward`, dx the part that it brings.
+
+        upstreams, saved and wants: those of the direction and those of the reverse one.
+        """
+        T, B, _, H = sizes
+        directions = [
+            self._backward_arrays(cell, sizes, reverse, upstreams[reverse], saved[reverse])
+            for reverse in (False, True)
+        ]
+        x = saved[0][0]
+        self._launch("backward", cell, x, (T, B, H, k1, k2), (False, True), directions)
+        return tuple(
+            _gradients(directions[reverse], sizes, reverse, saved[reverse], wants[reverse])
+            for reverse in (False, True)
+        )
+
+    def _forward_arrays(self, cell, sizes, keep, x, own, state_shape) -> tuple[Tensor | None, ...]:
+        _, B, _, H = sizes
+        h0, c0, *weights = own
         wide = state_dtype(x.dtype)
+        if h0 is None:
+            h0 = self._zeros(x, B, H, x.dtype)
+            c0 = self._zeros(x, B, H, wide) if cell == "lstm" else None
+        else:
+            h0, c0 = _dense(h0), _dense(c0, wide)
+        return _forward_arrays(cell, keep, x, h0, c0, *weights, state_shape)
+
+    def _backward_arrays(self, cell, sizes, reverse, upstream, saved) -> tuple[Tensor | None, ...]:
+        T, B, _, H = sizes
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, gates = saved
         if cell == "lstm":
             if gates is None:
                 gates = _gates(x, h0, w_ih, w_hh, b_ih, b_hh, y, sizes, reverse)
+            wide = state_dtype(x.dtype)
             c0 = self._zeros(x, B, H, wide) if c0 is None else _dense(c0, wide)
-        arrays = _backward_arrays(cell, upstream, w_hh, c0, y, c, gates, state_shape, (T, B))
-        self._launch("backward", cell, x, (T, B, H, k1, k2), (reverse,), (arrays,))
-        da, dh0, dc0 = arrays[9:]
-        dx, *dweights = _products(da, x, h0, w_ih, y, sizes, reverse, want_x, *want_weights)
-        dc0 = dc0.to(x.dtype) if want_c0 else None
-        return dx, dh0 if want_h0 else None, dc0, *dweights
+        state_shape = (B, H) if h0 is None else h0.shape
+        return _backward_arrays(cell, upstream, w_hh, c0, y, c, gates, state_shape, (T, B))
 
     def run(self, name: str, calls: Sequence[tuple]) -> list[tuple]:
         """The results of an operator's calls: one, or two of a layer's directions side by side."""
@@ -446,6 +481,24 @@ def _backward_arrays(cell, upstream, w_hh, c0, y, c, gates, state_shape, rows) -
     dc_n, dc = _dense(dc_n, wide), _dense(dc, wide)
     dc0 = c0.new_empty(state_shape)
     return dy, dh_n, dc_n, dc, w_hh, c0, None, _dense(c), _dense(gates), da, dh0, dc0
+
+
+def _given(arrays, x: Tensor) -> tuple[Tensor | None, ...]:
+    """Of what a recurrence forward gave: y, h_n, c_n in the dtype of x, c, gates."""
+    y, h_n, c_n, c, gates = arrays[4:]
+    if c_n is not None and c_n.dtype is not x.dtype:
+        c_n = c_n.to(x.dtype)
+    return y, h_n, c_n, c, gates
+
+
+def _gradients(arrays, sizes, reverse, saved, wants) -> tuple[Tensor | None, ...]:
+    """What follows from a recurrence backward: dx, dh0, dc0, dw_ih, dw_hh, db where wanted."""
+    x, h0, _, w_ih, _, _, _, y, _, _ = saved
+    want_x, want_h0, want_c0, *want_weights = wants
+    da, dh0, dc0 = arrays[9:]
+    dx, *dweights = _products(da, x, h0, w_ih, y, sizes, reverse, want_x, *want_weights)
+    dc0 = dc0.to(x.dtype) if want_c0 else None
+    return dx, dh0 if want_h0 else None, dc0, *dweights
 
 
 def _gates(x, h0, w_ih, w_hh, b_ih, b_hh, y, sizes, reverse):

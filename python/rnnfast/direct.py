@@ -155,7 +155,7 @@ def module_step(
     return _step(cell, x, states, weights)
 
 
-# For stacks: the operators' signatures
+# For stacks: the operators' signatures; on CUDA states may be None for zeros
 
 
 def _layer(cell, x, states, weights, reverse, k1, k2, keep) -> Results | None:
@@ -175,6 +175,8 @@ def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
     weights = (w_ih, w_hh, b_ih, b_hh)
     results = _layer("lstm", x, (h0, c0), weights, reverse, k1, k2, keep)
     if results is None:
+        if h0 is None:
+            h0 = c0 = x.new_zeros(x.shape[1], w_hh.shape[1])
         return ops.lstm_layer(x, h0, c0, *weights, reverse, k1, k2, keep)[:4]
     return results
 
@@ -184,6 +186,7 @@ def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
     weights = (w_ih, w_hh, b_ih, b_hh)
     results = _layer(nonlinearity, x, (h0,), weights, reverse, k1, k2, "all")
     if results is None:
+        h0 = x.new_zeros(x.shape[1], w_hh.shape[1]) if h0 is None else h0
         return ops.rnn_layer(x, h0, *weights, nonlinearity, reverse, k1, k2)
     return results[:2]
 

@@ -60,14 +60,24 @@ def run(case: Case, dtype: torch.dtype, method: str = "", keep: str = "all") -> 
 
 
 @contextmanager
-def bidirectional_operators(method: str = ""):
-    """The bidirectional operators on CPU tensors run their CUDA kernels on the emulator."""
+def operators(layers: cuda_ops.Layers):
+    """All operators on CPU tensors run their CUDA kernels on the emulator."""
+    kernels = {name: getattr(layers, name) for name in bidirectional.kernels(layers.run)}
+    for name, kernel in bidirectional.kernels(layers.run).items():
+        kernels[f"bidirectional_{name}"] = kernel
     library = torch.library.Library("rnnfast", "IMPL")
-    layers = cuda_ops.Layers(native, method)
     with warnings.catch_warnings(action="ignore"):  # that there are kernels for the CPU
-        for name, kernel in bidirectional.kernels(layers.run).items():
-            library.impl(f"bidirectional_{name}", kernel, "CPU", allow_override=True)
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, "CPU", allow_override=True)
     try:
-        yield layers
+        yield
     finally:
         library._destroy()
+
+
+@contextmanager
+def bidirectional_operators(method: str = ""):
+    """The same, by layers of their own."""
+    layers = cuda_ops.Layers(native, method)
+    with operators(layers):
+        yield layers

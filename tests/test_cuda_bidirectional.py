@@ -51,7 +51,7 @@ TURNS = [
     or case.truncate is None
     or len(set(case.truncate)) == 1
 ]
-TURNS += [(case, "gemm", torch.float64) for case in CASES if case.truncate is None]
+TURNS += [(case, "gemm", DTYPES[i % 4]) for i, case in enumerate(CASES) if case.truncate is None]
 
 
 @pytest.mark.parametrize(("case", "method", "dtype"), TURNS, ids=str)

@@ -94,8 +94,8 @@ def test_every_layer_and_direction():
     assert {(p.T, p.B, p.H, p.directions) for p in plans} == {(7, 3, 20, 2)}
 
     # Weights of one direction stay on the chip, those of two don't: they are launched one by one.
-    module = rnnfast.LSTM(10, 1500, bidirectional=True)
-    plans = explain(module, torch.empty(100, 1, 10), gpu=DEVICE)
+    module = rnnfast.LSTM(10, 2000, bidirectional=True, dtype=torch.bfloat16)
+    plans = explain(module, torch.empty(100, 1, 10, dtype=torch.bfloat16), gpu=DEVICE)
     names = ["layer 0", "layer 0 reverse"]
     assert [p.name for p in plans if p.which == "forward"] == names
     assert {p.directions for p in plans if p.which == "forward"} == {1}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from by_layers import by_layers
 from one_layer import Case, assert_results, by_reference
-from rnnfast import LSTM, RNN, _native, cuda_ops, functional
+from rnnfast import LSTM, RNN, _native, cuda_direct, cuda_ops, direct, functional
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _native.cuda is None, reason="needs a GPU and CUDA kernels"
@@ -153,6 +153,51 @@ def test_in_a_graph_and_on_another_stream(H):
             x.copy_(torch.randn_like(x) * scale)
             graph.replay()
             assert torch.equal(y, module(x)[0])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_zeros_that_a_graph_begins_with_are_its_own(backward):
+    """Nothing that a capture writes may be kept for other calls, which come before it is run."""
+    module = LSTM(16, 72, device="cuda", dtype=torch.bfloat16).requires_grad_(backward)
+    x, other = (torch.randn(12, 4, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    parameters = list(module.parameters())
+
+    def run(x):
+        y = module(x)[0]
+        return [y, *torch.autograd.grad(y.sum(), parameters)] if backward else [y]
+
+    run(x[:, :3])  # other sizes: only what torch makes once is there before the capture
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run(x)
+    want = run(other)
+    torch.cuda.synchronize()
+    for _ in range(2):
+        graph.replay()
+        assert all(map(torch.equal, captured, run(x)))
+    assert all(map(torch.equal, want, run(other)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2}, {"bidirectional": True}, {"truncate": 4}, {"batch_first": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("cls", [LSTM, RNN])
+def test_the_short_way_gives_the_operators_bits(cls, options, dtype, monkeypatch):
+    module = cls(7, 33, **options, device="cuda", dtype=dtype)
+    x = torch.randn(13, 5, 7, device="cuda", dtype=dtype, requires_grad=True)
+
+    def results():
+        y, _ = module(x)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+
+    short = results()
+    for way in (direct, cuda_direct):
+        monkeypatch.setattr(way, "_watched", lambda: True)
+    assert all(map(torch.equal, short, results()))
 
 
 def test_nothing_waits_for_the_device():

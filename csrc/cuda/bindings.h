@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -151,27 +152,41 @@ void backward(const Plan& plan, const std::vector<bool>& reverse, const std::vec
   Kernels<Real>::backward(plan, arrays, at<void>(scratch), device, at<void>(stream));
 }
 
-inline void expect_step(const Plan& plan, int p) {
+// The cells of a recurrence by the method gemm, for one step after the other.
+class Cells {
+ public:
+  Cells(const Plan& plan, LaunchCells launch) : steps_(plan.work.shape.T), launch_(std::move(launch)) {}
+
+  void step(int p) {
+    if (p < 0 || p >= steps_) throw std::invalid_argument("there is no such step");
+    launch_(p);
+  }
+
+ private:
+  Index steps_;
+  LaunchCells launch_;
+};
+
+inline void expect_cells(const Plan& plan, Pass pass, std::size_t real_bytes, const Arrays& arrays,
+                         std::size_t count) {
+  expect(plan, pass, real_bytes, std::vector<Arrays>(std::size_t(plan.work.directions), arrays), count);
   if (plan.method != Method::gemm) throw std::invalid_argument("the plan is for another method");
-  if (p < 0 || p >= plan.work.shape.T) throw std::invalid_argument("there is no such step");
 }
 
 template <class Real>
-void forward_cells(const Plan& plan, bool reverse, const Arrays& arrays, Address sums, int p, int device,
-                   Address stream) {
-  expect(plan, Pass::forward, sizeof(Real), std::vector<Arrays>(std::size_t(plan.work.directions), arrays), 9);
-  expect_step(plan, p);
-  Kernels<Real>::forward_cells(plan, forward_of<Real>(plan, reverse, arrays), at<StateOf<Real>>(sums), p, device,
-                               at<void>(stream));
-}
-
-template <class Real>
-void backward_cells(const Plan& plan, bool reverse, const Arrays& arrays, Address sums, int p, int device,
+Cells forward_cells(const Plan& plan, bool reverse, const Arrays& arrays, Address sums, int device,
                     Address stream) {
-  expect(plan, Pass::backward, sizeof(Real), std::vector<Arrays>(std::size_t(plan.work.directions), arrays), 12);
-  expect_step(plan, p);
-  Kernels<Real>::backward_cells(plan, backward_of<Real>(plan, reverse, arrays), at<StateOf<Real>>(sums), p, device,
-                                at<void>(stream));
+  expect_cells(plan, Pass::forward, sizeof(Real), arrays, 9);
+  return {plan, Kernels<Real>::forward_cells(plan, forward_of<Real>(plan, reverse, arrays), at<StateOf<Real>>(sums),
+                                             device, at<void>(stream))};
+}
+
+template <class Real>
+Cells backward_cells(const Plan& plan, bool reverse, const Arrays& arrays, Address sums, int device,
+                     Address stream) {
+  expect_cells(plan, Pass::backward, sizeof(Real), arrays, 12);
+  return {plan, Kernels<Real>::backward_cells(plan, backward_of<Real>(plan, reverse, arrays),
+                                              at<StateOf<Real>>(sums), device, at<void>(stream))};
 }
 
 template <class Real>
@@ -179,10 +194,8 @@ void bind_format(py::module_& module, const std::string& name) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   module.def(("forward_" + name).c_str(), &forward<Real>, released);
   module.def(("backward_" + name).c_str(), &backward<Real>, released);
-  if constexpr (std::is_same<Real, StateOf<Real>>::value) {
-    module.def(("forward_cells_" + name).c_str(), &forward_cells<Real>, released);
-    module.def(("backward_cells_" + name).c_str(), &backward_cells<Real>, released);
-  }
+  module.def(("forward_cells_" + name).c_str(), &forward_cells<Real>);
+  module.def(("backward_cells_" + name).c_str(), &backward_cells<Real>);
 }
 
 inline void bind(py::module_& module) {
@@ -203,6 +216,8 @@ inline void bind(py::module_& module) {
       .def_readonly("cycles", &Plan::cycles)
       .def_property_readonly("method", [](const Plan& plan) { return name(plan.method); })
       .def("as_dict", &as_dict);
+  py::class_<Cells>(module, "Cells", py::module_local())
+      .def("__call__", &Cells::step, py::call_guard<py::gil_scoped_release>());
   module.def("plan", &plan, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,
              "k2"_a, "directions"_a = 1, "method"_a = "");
   module.def("plans", &plans, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,

@@ -5,10 +5,14 @@
 // names the kernel and its problem.
 #pragma once
 
+#include <functional>
+
 #include "plan.h"
 #include "real.h"
 
 namespace rnnfast::cuda {
+
+using LaunchCells = std::function<void(int p)>;
 
 template <class Real>
 struct Kernels {
@@ -18,12 +22,12 @@ struct Kernels {
   static void forward(const Plan& plan, const Forward* layers, void* scratch, int device, void* stream);
   static void backward(const Plan& plan, const Backward* layers, void* scratch, int device, void* stream);
 
-  // The cells of step p by the method gemm, of one direction; sums as in cells.h. Backward without truncation,
-  // and dc waits in layer.dc0 for the next step.
-  static void forward_cells(const Plan& plan, const Forward& layer, const StateOf<Real>* sums, int p, int device,
-                            void* stream);
-  static void backward_cells(const Plan& plan, const Backward& layer, const StateOf<Real>* sums, int p, int device,
-                             void* stream);
+  // The cells of one direction by the method gemm, to be launched for each step with the sums of its product
+  // there, as in cells.h. Backward without truncation, and dc waits in layer.dc0 for the next step.
+  static LaunchCells forward_cells(const Plan& plan, const Forward& layer, const StateOf<Real>* sums, int device,
+                                   void* stream);
+  static LaunchCells backward_cells(const Plan& plan, const Backward& layer, const StateOf<Real>* sums, int device,
+                                    void* stream);
 };
 
 Device device_properties(int index);

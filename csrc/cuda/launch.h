@@ -245,37 +245,34 @@ void Kernels<Real>::backward(const Plan& plan, const Backward* layers, void* scr
   });
 }
 
+// What a step needs is made once: a step is over so soon that the host would be behind.
 template <class Step>
-void run_cells(const Plan& plan, const CellsArguments<Step>& args, int device, void* stream) {
-  const DeviceScope scope(device);
-  launch(describe(plan) + ", cells", cells<Step>, {{plan.blocks, 1, 1}, block_threads, 1, 0, false},
-         static_cast<Stream>(stream), args);
+LaunchCells cells_of(const Plan& plan, CellsArguments<Step> args, int device, void* stream) {
+  const std::string what = describe(plan) + ", cells";
+  const LaunchShape shape{{plan.blocks, 1, 1}, block_threads, 1, 0, false};
+  return [=](int p) mutable {
+    const DeviceScope scope(device);
+    args.p = p;
+    launch(what, cells<Step>, shape, static_cast<Stream>(stream), args);
+  };
 }
 
 template <class Real>
-void Kernels<Real>::forward_cells(const Plan& plan, const Forward& layer, const StateOf<Real>* sums, int p,
-                                  int device, void* stream) {
-  if constexpr (std::is_same<Real, StateOf<Real>>::value) {
-    const RecurrenceShape& shape = plan.work.shape;
-    if (shape.cell == Cell::lstm)
-      return run_cells<cuda::Forward<Real, 4>>(plan, {shape, layer, {}, sums, p}, device, stream);
-    run_cells<cuda::Forward<Real, 1>>(plan, {shape, layer, {}, sums, p}, device, stream);
-  } else {
-    throw std::invalid_argument("the method gemm is not for 16-bit formats");
-  }
+LaunchCells Kernels<Real>::forward_cells(const Plan& plan, const Forward& layer, const StateOf<Real>* sums,
+                                         int device, void* stream) {
+  const RecurrenceShape& shape = plan.work.shape;
+  if (shape.cell == Cell::lstm)
+    return cells_of<cuda::Forward<Real, 4>>(plan, {shape, layer, {}, sums, 0}, device, stream);
+  return cells_of<cuda::Forward<Real, 1>>(plan, {shape, layer, {}, sums, 0}, device, stream);
 }
 
 template <class Real>
-void Kernels<Real>::backward_cells(const Plan& plan, const Backward& layer, const StateOf<Real>* sums, int p,
-                                   int device, void* stream) {
-  if constexpr (std::is_same<Real, StateOf<Real>>::value) {
-    const RecurrenceShape& shape = plan.work.shape;
-    if (shape.cell == Cell::lstm)
-      return run_cells<cuda::Backward<Real, 4>>(plan, {shape, layer, {layer.dc0, nullptr}, sums, p}, device, stream);
-    run_cells<cuda::Backward<Real, 1>>(plan, {shape, layer, {}, sums, p}, device, stream);
-  } else {
-    throw std::invalid_argument("the method gemm is not for 16-bit formats");
-  }
+LaunchCells Kernels<Real>::backward_cells(const Plan& plan, const Backward& layer, const StateOf<Real>* sums,
+                                          int device, void* stream) {
+  const RecurrenceShape& shape = plan.work.shape;
+  if (shape.cell == Cell::lstm)
+    return cells_of<cuda::Backward<Real, 4>>(plan, {shape, layer, {layer.dc0, nullptr}, sums, 0}, device, stream);
+  return cells_of<cuda::Backward<Real, 1>>(plan, {shape, layer, {}, sums, 0}, device, stream);
 }
 
 }  // namespace rnnfast::cuda

@@ -206,6 +206,42 @@ lstm_layer = ops._without_forward_mode("bidirectional_lstm_layer")
 rnn_layer = ops._without_forward_mode("bidirectional_rnn_layer")
 
 
+def backward(cell, sizes, k1, k2, dy, x, y, upstreams, saved, wants):
+    """The gradients of either direction by the operators, which autograd sees, as
+    `cuda_ops.Layers.backward_both` gives them; dx comes with the first.
+
+    upstreams: dh_n, dc_n, dc of each direction. saved: h0, c0, w_ih, w_hh, b_ih, b_hh, c, gates of
+    each; h0 and c0 may be None for zeros, if no gradient is wanted of them. wants: of each x, h0,
+    c0, w_ih, w_hh and biases.
+    """
+    T, B, _, H = sizes
+    zeros, lstm, args = x.new_zeros(B, H), cell == "lstm", []
+    for (dh_n, dc_n, dc), (h0, c0, w_ih, w_hh, b_ih, b_hh, c, gates) in zip(
+        upstreams, saved, strict=True
+    ):
+        h0, c0 = (zeros if state is None else state for state in (h0, c0))
+        if lstm:
+            gates = gates if gates is None else gates.view(T, B, 4, H)
+            args += [dh_n, dc_n, dc, h0, c0, w_ih, w_hh, c, gates, b_ih, b_hh]
+        else:
+            args += [dh_n, h0, w_ih, w_hh]
+    any_wants = [any(pair) for pair in zip(*wants, strict=True)]
+    options = (k1, k2, any_wants[0], *any_wants[3:])
+    if lstm:
+        dx, *given = torch.ops.rnnfast.bidirectional_lstm_layer_backward(dy, x, y, *args, *options)
+        given = split(given, 5)[:2]
+    else:
+        dx, *given = torch.ops.rnnfast.bidirectional_rnn_layer_backward(
+            dy, x, y, *args, cell, *options
+        )
+        given = [(dh0, None, *rest) for dh0, *rest in split(given, 4)[:2]]
+    both = ((dx, *given[0]), (None, *given[1]))
+    return tuple(
+        tuple(d if want else None for d, want in zip(gradients, each, strict=True))
+        for gradients, each in zip(both, wants, strict=True)
+    )
+
+
 # For stacks: y, both directions' final states, and their cell states
 
 

@@ -2,9 +2,10 @@
 
 A step of a small layer takes the core some microseconds; dispatching an operator with Python
 kernels, and its autograd formula, takes several times that. Here one pass over the arguments sees
-whether anything needs that machinery (`_watched`), or anything is wrong. If so, the call
+whether anything needs that machinery (`watched`), or anything is wrong. If so, the call
 goes the general way: through the operators of `ops`, and for the functional layer through checks
 that word the error. Both ways compute by the same functions of `cpu`: same bits, same gradients.
+CUDA tensors are handed on to `cuda_direct`, which does the same for them.
 """
 
 from __future__ import annotations
@@ -14,41 +15,16 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import (
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad, profiler
-from torch.compiler import is_compiling
 
-from . import cpu, ops
+from . import cpu, cuda_direct, ops
 from ._native import accumulator, core
 from .cpu import GATES
 from .halved import is_wished
+from .watched import PLAIN_TYPES
+from .watched import watched as _watched
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_ih, w_hh, b_ih, b_hh
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # y, h_n, c_n, c; RNNs have no c
-
-
-# Where the short way is open
-
-
-def _watched() -> bool:
-    """Whether something is active that wants to see, record or replace operator calls."""
-    return (
-        is_compiling()
-        or _len_torch_dispatch_stack() > 0
-        or _len_torch_function_stack() > 0
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or _get_tracing_state() is not None
-        or profiler._is_profiler_enabled
-    )
-
-
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def _record(found, cell, x, weights, reverse=False, k1=0, k2=0, keep="all") -> Results | None:
@@ -65,8 +41,8 @@ def _as_x(c_n: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 # The core's functions below see whether every tensor is plain, and fits; if so, they compute, or
-# give sizes and states where a gradient may be asked for. Else they give None, and so do these,
-# for the functional layer to go the general way.
+# give sizes and states where a gradient may be asked for. Else they give None; if `cuda_direct` has
+# no use for the tensors either, so do these, for the functional layer to go the general way.
 
 
 def sequence(
@@ -93,7 +69,9 @@ def _sequence(cell, x, states, weights, bias, batch_first, keep) -> Results | No
     found = core.run_sequence(
         cell, x, states, weights, bias, batch_first, is_wished(), is_grad_enabled()
     )
-    if found is None or found[0] is not None:
+    if found is None:
+        return cuda_direct.sequence(cell, x, states, weights, bias, batch_first, keep)
+    if found[0] is not None:
         return found
     swap = batch_first and x.dim() == 3
     steps = x.transpose(0, 1) if swap else x
@@ -117,7 +95,7 @@ def step(
 def _step(cell, x, states, weights) -> tuple[Tensor, Tensor | None] | None:
     found = core.run_step(cell, x, states, weights, is_wished(), is_grad_enabled())
     if found is None:
-        return None
+        return cuda_direct.step(cell, x, states, weights)
     h, _, c, _ = found
     if h is None:  # h_n rather than y, which is saved: callers may write on what they get
         _, h, c, _ = _record(found, cell, x, weights)
@@ -177,7 +155,7 @@ def module_step(
     return _step(cell, x, states, weights)
 
 
-# For stacks: the operators' signatures
+# For stacks: the operators' signatures; on CUDA states may be None for zeros
 
 
 def _layer(cell, x, states, weights, reverse, k1, k2, keep) -> Results | None:
@@ -185,7 +163,9 @@ def _layer(cell, x, states, weights, reverse, k1, k2, keep) -> Results | None:
         return None
     kept = "nothing" if keep == "nothing" else "cells"
     found = core.run_layer(cell, x, states, weights, reverse, kept, is_wished(), is_grad_enabled())
-    if found is None or found[0] is not None:
+    if found is None:
+        return cuda_direct.layer(cell, x, states, weights, reverse, k1, k2, keep)
+    if found[0] is not None:
         return found
     return _record(found, cell, x, weights, reverse, k1, k2, keep)
 
@@ -195,6 +175,8 @@ def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
     weights = (w_ih, w_hh, b_ih, b_hh)
     results = _layer("lstm", x, (h0, c0), weights, reverse, k1, k2, keep)
     if results is None:
+        if h0 is None:
+            h0 = c0 = x.new_zeros(x.shape[1], w_hh.shape[1])
         return ops.lstm_layer(x, h0, c0, *weights, reverse, k1, k2, keep)[:4]
     return results
 
@@ -204,6 +186,7 @@ def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
     weights = (w_ih, w_hh, b_ih, b_hh)
     results = _layer(nonlinearity, x, (h0,), weights, reverse, k1, k2, "all")
     if results is None:
+        h0 = x.new_zeros(x.shape[1], w_hh.shape[1]) if h0 is None else h0
         return ops.rnn_layer(x, h0, *weights, nonlinearity, reverse, k1, k2)
     return results[:2]
 
@@ -234,7 +217,7 @@ class RnnfastLayer(torch.autograd.Function):
         )
         wants = (need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih or need_b_hh)
         short = _may_go_back(ctx, upstream, saved)
-        gradients = (cpu.backward if short else _by_operator)(*ctx.call, upstream, saved, wants)
+        gradients = (cpu.backward if short else ops.backward)(*ctx.call, upstream, saved, wants)
         *gradients, db = gradients
         return *gradients, db if need_b_ih else None, db if need_b_hh else None, *(None,) * 6
 
@@ -251,7 +234,7 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     tensor.
     """
     return (
-        type(tensor) in _PLAIN_TYPES
+        type(tensor) in PLAIN_TYPES
         and tensor.dtype is dtype
         and tensor.is_cpu
         and not tensor.is_neg()
@@ -284,31 +267,3 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _by_operator(cell, sizes, reverse, k1, k2, upstream, saved, wants):
-    """As cpu.backward, by the operators."""
-    T, B, I, H = sizes
-
-    def shaped(tensor: Tensor | None, *shape: int) -> Tensor | None:
-        return tensor if tensor is None else tensor.reshape(shape)
-
-    dy, dh_n, dc_n, dc = upstream
-    x, h0, c0, w_ih, w_hh, *biases, y, c, gates = saved
-    dy, y = shaped(dy, T, B, H), shaped(y, T, B, H)
-    states = dh_n, dc_n, h0, c0
-    dh_n, dc_n, h0_rows, c0_rows = (shaped(state, B, H) for state in states)
-    rest = (reverse, k1, k2, wants[0], *wants[3:])
-    if cell == "lstm":
-        dx, dh0, dc0, *dweights = torch.ops.rnnfast.lstm_layer_backward(
-            *(dy, dh_n, dc_n, dc, x.reshape(T, B, I), h0_rows, c0_rows, w_ih, w_hh, y, c, gates),
-            *(*rest, *biases),
-        )
-        dc0 = dc0.reshape(c0.shape)
-    else:
-        dc0 = None
-        dx, dh0, *dweights = torch.ops.rnnfast.rnn_layer_backward(
-            *(dy, dh_n, x.reshape(T, B, I), h0_rows, w_ih, w_hh, y, cell), *rest
-        )
-    gradients = (dx.reshape(x.shape) if wants[0] else None, dh0.reshape(h0.shape), dc0, *dweights)
-    return tuple(d if want else None for d, want in zip(gradients, wants, strict=True))

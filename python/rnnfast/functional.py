@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import bidirectional, bptt, checks, cuda_ops, direct, packed, projected, stack
+from . import bptt, checks, cuda_direct, cuda_ops, direct, packed, projected, stack
 from .bptt import Truncation
 from .checks import LayerWeights
 from .stack import Layer, State
@@ -214,10 +214,14 @@ def _relu_layer(
 
 # On CUDA the directions of a layer run side by side.
 _IN_ONE_LAUNCH = {
-    _lstm_layer: bidirectional.lstm,
-    _tanh_layer: bidirectional.rnn("tanh"),
-    _relu_layer: bidirectional.rnn("relu"),
+    _lstm_layer: cuda_direct.both("lstm"),
+    _tanh_layer: cuda_direct.both("tanh"),
+    _relu_layer: cuda_direct.both("relu"),
 }
+
+
+def _on_cuda(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _rnn_layer(nonlinearity: str, error: type[Exception]) -> Layer:
@@ -265,21 +269,25 @@ def _run(
     if T == 0:
         raise RuntimeError(f"{kind}: input has 0 time steps, expected at least 1")
 
-    states = _initial_states(kind, x, hx, sequence, len(groups), B, batched, sizes, weight)
+    # Where the layer is one operator, CUDA's kernels keep their sums in float32 themselves, and
+    # need no zeros to begin with.
+    by_kernels = _on_cuda(x) and sequence is None and layer is not _projected_layer
+    if hx is None and by_kernels:
+        states = [(None,) * len(sizes)] * len(groups)
+    else:
+        states = _initial_states(kind, x, hx, sequence, len(groups), B, batched, sizes, weight)
     grad = _needs_grad(x, () if hx is None else hx, groups)
     k1, k2 = _truncation(kind, truncate, T, directions, len(groups), grad)
 
     dtype = x.dtype
-    # The CUDA kernels keep their sums in float32 themselves, where the layer is one operator.
-    in_kernel = x.is_cuda and sequence is None and k1 == k2 and layer is not _projected_layer
-    if not in_kernel:
+    if not by_kernels or k1 != k2:
         x, states, groups = _as_computed(layer, x, states, groups)
 
     if not grad:
         keep = "cells" if return_cells else "nothing"
     args = (groups, directions, dropout, k1, k2, keep)
     if sequence is None:
-        both = _IN_ONE_LAUNCH.get(layer) if x.is_cuda and directions == 2 else None
+        both = _IN_ONE_LAUNCH.get(layer) if _on_cuda(x) and directions == 2 else None
         y, finals, cells = _run_layers(layer, x, states, *args, both)
     elif k1 == k2:
         y, finals, cells = _run_layers(packed.over_segments(layer, batch_sizes), x, states, *args)
@@ -400,7 +408,7 @@ def _step(
         state = checks.check_states(kind, hx, [(*lead, hidden)] * states, w_ih, (1, 2))
     keep = "all" if _needs_grad(x, state, [group]) else "nothing"
     dtype = x.dtype
-    if not x.is_cuda:
+    if not _on_cuda(x):
         x, (state,), (group,) = _as_computed(layer, x, [state], [group])
     if not lead:
         x, state = x.unsqueeze(0), [s.unsqueeze(0) for s in state]

@@ -256,6 +256,44 @@ def _rnn_layer_backward_fake(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, rever
     return dx, x.new_empty(h0.shape), dw_ih, dw_hh, db
 
 
+# By the operators
+
+
+def backward(cell, sizes, reverse, k1, k2, upstream, saved, wants):
+    """As cpu.backward, by the operators, which autograd sees: for what the short ways don't take.
+
+    h0 and c0 among the saved tensors may be None for zeros, if no gradient is wanted of them.
+    """
+    T, B, I, H = sizes
+
+    def shaped(tensor: Tensor | None, *shape: int) -> Tensor | None:
+        return tensor if tensor is None else tensor.reshape(shape)
+
+    dy, dh_n, dc_n, dc = upstream
+    x, h0, c0, w_ih, w_hh, *biases, y, c, gates = saved
+    if h0 is None:
+        h0 = x.new_zeros(B, H)
+        c0 = h0 if cell == "lstm" else None
+    dy, dc, y, c = (shaped(sequence, T, B, H) for sequence in (dy, dc, y, c))
+    states = dh_n, dc_n, h0, c0
+    dh_n, dc_n, h0_rows, c0_rows = (shaped(state, B, H) for state in states)
+    rest = (reverse, k1, k2, wants[0], *wants[3:])
+    if cell == "lstm":
+        gates = shaped(gates, T, B, 4, H)
+        dx, dh0, dc0, *dweights = torch.ops.rnnfast.lstm_layer_backward(
+            *(dy, dh_n, dc_n, dc, x.reshape(T, B, I), h0_rows, c0_rows, w_ih, w_hh, y, c, gates),
+            *(*rest, *biases),
+        )
+        dc0 = dc0.reshape(c0.shape)
+    else:
+        dc0 = None
+        dx, dh0, *dweights = torch.ops.rnnfast.rnn_layer_backward(
+            *(dy, dh_n, x.reshape(T, B, I), h0_rows, w_ih, w_hh, y, cell), *rest
+        )
+    gradients = (dx.reshape(x.shape) if wants[0] else None, dh0.reshape(h0.shape), dc0, *dweights)
+    return tuple(d if want else None for d, want in zip(gradients, wants, strict=True))
+
+
 # Autograd
 
 

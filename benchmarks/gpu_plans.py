@@ -34,17 +34,17 @@ FORMATS = {
     "tf32": (torch.float32, torch.float32),
     "float64": (torch.float64, torch.float64),
 }
-METHODS = {"local": 1, "cluster": 3, "grid": 4}  # how many of the fastest are timed
+METHODS = {"local": 3, "cluster": 2, "grid": 4, "resident": 4}  # how many of the fastest are timed
 COUNTS = (
-    *("items", "trips", "tiles", "input_bytes", "streamed_bytes", "partial_bytes"),
-    *("cells", "pushes"),
+    *("items", "trips", "tiles", "input_bytes", "traffic_bytes", "streamed_bytes"),
+    *("partial_bytes", "cells", "pushes"),
 )
 Problem = tuple[str, str, str, int, int]  # format, cell, pass, H, B
 
 
 def problems() -> list[Problem]:
     """All that are timed if there is time, those of a few sizes first."""
-    passes, sizes = ("forward", "backward"), (64, 256, 512, 1024, 2048)
+    passes, sizes = ("forward", "backward"), (64, 128, 256, 512, 1024, 2048)
     every = itertools.product(
         ("bfloat16", "float32", "tf32"), ("lstm", "tanh"), passes, sizes, (1, 16, 64, 256)
     )
@@ -77,7 +77,7 @@ def candidates(device: Any, problem: Problem) -> Iterator[tuple[Any, Any, dict[s
         both = [(a, b, about) for (a, _), (b, about) in zip(short, long, strict=True)]
         both.sort(key=lambda pair: pair[2]["cycles"])
         chosen += both[:most]
-        if both and method != "local":
+        if both and method in ("cluster", "grid"):
             best = both[0][2]
             for same, other in (("blocks", "group_columns"), ("group_columns", "blocks")):
                 chosen += [
@@ -212,23 +212,34 @@ def nonnegative(a: np.ndarray) -> np.ndarray:
 
 
 def fit(path: Path, clock_mhz: float = 1980) -> None:
-    """Print costs in cycles for tensor cores, FMA, and float64; and how good a choice they are."""
+    """Print costs in cycles for each engine; and how good a choice they are."""
     _, timed = read(path)
-    engines = {"tensor cores": ("bfloat16", "tf32"), "FMA": ("float32",), "float64": ("float64",)}
-    for engine, formats in engines.items():
-        rows = [row for problem, rows in timed.items() if problem[0] in formats for row in rows]
-        if not rows:
-            continue
-        rows = [
-            (about, us) for about, us in rows if about["method"] != "cluster" or about["groups"] < 8
-        ]
-        a = [[about["counts"][n] / (us * clock_mhz) for n in COUNTS] for about, us in rows]
-        costs = nonnegative(np.array(a))
-        off = sorted(abs(math.log(max(row, 1e-9))) for row in np.array(a) @ costs)
+    engines: dict[str, list[tuple[dict[str, Any], float]]] = {}
+    for (number, *_), rows in timed.items():
+        for about, us in rows:
+            if about["method"] == "cluster" and about["groups"] >= 8:
+                continue  # there may be too few places for so many clusters
+            engines.setdefault(engine_of(number, about["method"]), []).append((about, us))
+    for engine, rows in engines.items():
+        if engine == "local":  # whose costs are not made of counts
+            ratios = [about["cycles"] / (us * clock_mhz) for about, us in rows]
+            print("local", end="")
+        else:
+            a = [[about["counts"][n] / (us * clock_mhz) for n in COUNTS] for about, us in rows]
+            costs = nonnegative(np.array(a))
+            ratios = np.array(a) @ costs
+            print(engine, dict(zip(COUNTS, (float(f"{cost:.3g}") for cost in costs), strict=True)))
+        off = sorted(abs(math.log(max(ratio, 1e-9))) for ratio in ratios)
         median, most = off[len(off) // 2], off[len(off) * 9 // 10]
-        print(engine, dict(zip(COUNTS, (float(f"{cost:.3g}") for cost in costs), strict=True)))
-        print(f"  off by {median:.0%} (median), {most:.0%} (nine in ten)")
+        print(f"  {len(rows)} plans; off by {median:.0%} (median), {most:.0%} (nine in ten)")
     print("chosen by the planner, over the best that was timed:", *regrets(timed))
+
+
+def engine_of(number: str, method: str) -> str:
+    """Whose costs a plan has."""
+    if method in ("local", "resident"):
+        return method
+    return {"float32": "FMA", "float64": "float64"}.get(number, "tensor cores")
 
 
 def regrets(timed: dict[Problem, list[tuple[dict[str, Any], float]]]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from rnnfast import bidirectional, checks, cuda_ops, functional, stack
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-METHODS = ["local", "cluster", "grid", "steps"]
+METHODS = ["local", "cluster", "grid", "steps"]  # for every dtype
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SMALL = {"multiprocessors": 8, "shared_bytes": 131072}
 
@@ -51,6 +51,7 @@ TURNS = [
     or case.truncate is None
     or len(set(case.truncate)) == 1
 ]
+TURNS += [(CASES[n], "resident", DTYPES[2 + n % 2]) for n in (0, 1, 4)]  # for tensor cores
 TURNS += [(case, "gemm", DTYPES[i % 4]) for i, case in enumerate(CASES) if case.truncate is None]
 
 

@@ -149,8 +149,9 @@ def test_text():
     assert first[0] == (
         "layer 0, both directions, forward: lstm, T 1024, B 16, I 512, H 768, bfloat16"
     )
-    groups = f"2 directions of {plan.groups} groups of {plan.blocks} blocks"
-    assert first[1].startswith(f"  grid, 1 launch; {groups}; a block has {plan.block_rows} rows")
+    groups = f"2 directions of {plan.groups} group of {plan.blocks} blocks"
+    rows = f"a block has {plan.block_rows} rows"
+    assert first[1].startswith(f"  resident, 1 launch; {groups}; {rows}")
     assert "0 B from L2 every step" in first[3]
     slow = str(explain(module, x, gpu=DEVICE | {"cooperative": False, "largest_cluster": 1})[0])
     assert "steps, 1024 launches, as " in slow

@@ -88,7 +88,8 @@ inline py::dict as_dict(const Plan& plan) {
       "shared_bytes"_a = plan.shared.bytes, "partial_buffers"_a = tiling.partial_buffers,
       "scratch_bytes"_a = plan.scratch_bytes,
       "counts"_a = py::dict("items"_a = counts.items, "trips"_a = counts.trips, "tiles"_a = counts.tiles,
-                            "input_bytes"_a = counts.input_bytes, "streamed_bytes"_a = counts.streamed_bytes,
+                            "input_bytes"_a = counts.input_bytes, "traffic_bytes"_a = counts.traffic_bytes,
+                            "streamed_bytes"_a = counts.streamed_bytes,
                             "partial_bytes"_a = counts.partial_bytes, "cells"_a = counts.cells,
                             "pushes"_a = counts.pushes),
       "cycles"_a = plan.cycles, "reason"_a = plan.reason);

@@ -7,33 +7,37 @@
 namespace rnnfast::cuda {
 namespace {
 
-// What a step's work costs, in cycles of an H200. Those of tensor cores are fitted by benchmarks/gpu_plans.py to the
-// times of 1,055 plans in docs/cuda_plans.json: half lie within 10 % of the estimate, nine in ten within 28 %. Those
-// of FMA are derived from them and from what the engine before this one took, and not measured yet.
+// What a step's work costs, in cycles of an H200: fitted by benchmarks/gpu_plans.py to the times of 2,137 plans in
+// docs/cuda_plans.json. Half lie within 11 % of the estimate, nine in ten within 26 %.
 struct Costs {
   double item;           // that stands between two barriers
   double trip;           // a wait for inputs that were loaded together
   double tile;           // of weights by one of columns, in any of the block's warps
   double input_byte;     // of vectors, through L2
+  double traffic_byte;   // the same, for all blocks: they all ask for the same lines at the same time
   double streamed_byte;  // of weights, from L2
   double partial_byte;   // of partial sums, through shared memory
   double cell;           // of a thread, on the way to which others wait
   double push;           // of a thread, to a peer's shared memory
 };
 
-constexpr Costs tensor_core_costs{861, 619, 3.85, 0.0249, 0.0385, 0.0158, 1070, 49.1};
-constexpr Costs resident_costs{400, 619, 3.85, 0.0249, 0, 0.0158, 500, 0};
-constexpr Costs fma_costs{861, 619, 40, 0.0249, 0.0385, 0.06, 1070, 49.1};
-constexpr Costs double_costs{861, 619, 40, 0.0249, 0.0385, 0.06, 2000, 49.1};
+constexpr Costs tensor_core_costs{1010, 638, 5.1, 0.00949, 7.52e-5, 0.0404, 0.0154, 902, 38.3};
+constexpr Costs resident_costs{595, 0, 0, 0.0366, 5.77e-4, 0, 0.0208, 525, 0};
+constexpr Costs fma_costs{628, 915, 0, 0, 1.09e-4, 0.0256, 0.0439, 986, 22.2};
+constexpr Costs double_costs{2070, 1040, 0, 0.0283, 9.32e-5, 0.0217, 0.0475, 0, 33.3};
 
 constexpr double launch_cycles = 8000;  // a kernel in a stream: published, not measured
-constexpr double gemm_cycles = 20000;   // a product and a kernel, queued by Python: a guess
-
-// Operations that cuBLAS does in a cycle: 51 TFLOP/s were measured in float32, the others are guesses. That of the
-// 16-bit formats is half of what large products reach, as those of a step are small and give float32.
+// A product and a kernel: what the host takes to queue them, in the device's cycles; the product's operations in a
+// cycle, as if there were 64 columns at least; a byte of weights, which come from memory or L2. By hand, from the times
+// of 48 layers on an H200.
+constexpr double gemm_queued = 40000, gemm_rest = 8000, gemm_byte = 1e-3, gemm_columns = 64;
 double gemm_rate(Format format) {
-  if (format == Format::float16 || format == Format::bfloat16) return 400e3;
-  return format == Format::tf32 ? 120e3 : 25e3;
+  switch (format) {
+    case Format::float32:
+    case Format::float64: return 12e3;
+    case Format::tf32: return 75e3;
+    default: return 130e3;
+  }
 }
 
 // A cluster lies within one of the processor's own clusters, which leaves some multiprocessors over.
@@ -72,21 +76,24 @@ Counts counts_of(const Plan& plan, const Product& product) {
   const Index rows = Index(tiling.bundles) * engine.row_tiles * engine.tile_rows;
   const Residency weights = residency(plan);
   const Index units = units_of_block(plan), at_once = block_threads / units;
-  const double cells = passes * double(ceil_div(tiling.pass_columns, at_once));
+  const bool is_long = plan.work.pass == Pass::backward && plan.work.shape.cell == Cell::lstm;  // twice another cell
+  const double cells = (is_long ? 2 : 1) * passes * double(ceil_div(tiling.pass_columns, at_once));
   Counts counts{};
   counts.items = passes;
   counts.trips = passes * double(tiling.bundles * ceil_div(tiling.k_steps, engine.inputs_ahead / column_tiles));
   const Index weight_bytes = weights.registers + weights.shared + weights.streamed;
   counts.tiles = passes * double(weight_bytes / engine.tile_bytes * column_tiles);
-  if (!has_vectors(plan))
+  if (!has_vectors(plan)) {
     counts.input_bytes = passes * double(tiling.pass_columns * product.terms * engine.real_bytes * tiling.bundles);
+    counts.traffic_bytes = counts.input_bytes * plan.blocks * plan.groups * plan.work.directions;
+  }
   const Index streamed = weights.streamed + (plan.method == Method::steps ? weights.registers : 0);
   counts.streamed_bytes = passes * double(streamed);
   counts.partial_bytes = passes * double(2 * block_warps * tiling.pass_columns * rows * engine.state_bytes);
   counts.cells = cells;
   if (plan.method == Method::cluster) {
     const Index handed_on = plan.work.pass == Pass::forward ? 1 : gate_count(plan.work.shape.cell);
-    counts.pushes = cells * double(handed_on * plan.blocks);
+    counts.pushes = passes * double(ceil_div(tiling.pass_columns, at_once) * handed_on * plan.blocks);
   }
   return counts;
 }
@@ -124,8 +131,8 @@ double step_cycles(const Plan& plan, const Device& device) {
                                                       : fma_costs;
   const Counts counts = plan.counts;
   const double cycles = counts.items * costs.item + counts.trips * costs.trip + counts.tiles * costs.tile +
-                        counts.input_bytes * costs.input_byte + counts.streamed_bytes * costs.streamed_byte +
-                        counts.partial_bytes * costs.partial_byte + counts.cells * costs.cell +
+                        counts.input_bytes * costs.input_byte + counts.traffic_bytes * costs.traffic_byte +
+                        counts.streamed_bytes * costs.streamed_byte + counts.partial_bytes * costs.partial_byte + counts.cells * costs.cell +
                         counts.pushes * costs.push;
   return waves(plan, device) * cycles + (plan.method == Method::steps ? launch_cycles : 0);
 }
@@ -267,8 +274,10 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
     plan.blocks = int(ceil_div(work.shape.B * work.shape.H, block_threads));
     plan.groups = 1;
     plan.tiling.columns = plan.tiling.group_columns = plan.tiling.pass_columns = int(product.columns);
-    const double operations = 2.0 * double(product.rows) * double(product.terms) * double(product.columns);
-    plan.cycles = work.directions * (gemm_cycles + operations / gemm_rate(work.format));
+    const double weights = double(product.rows) * double(product.terms);
+    const double operations = 2 * weights * std::max(gemm_columns, double(product.columns));
+    const double multiplied = std::max(operations / gemm_rate(work.format), weights * plan.engine.real_bytes * gemm_byte);
+    plan.cycles = work.directions * std::max(gemm_queued, gemm_rest + multiplied);
     use(plan);
   } else if (method == Method::local) {
     if (product.whole) return;
@@ -284,7 +293,8 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
       const Index sums = product.rows / work.shape.H;
       plan.weights_bytes = std::size_t(plan.local_units * sums * terms * plan.engine.real_bytes);
       if (!can_run(device, plan)) continue;
-      plan.cycles = waves(plan, device) * local_cycles(plan);
+      const double turns = waves(plan, device);  // blocks side by side on a multiprocessor help each other wait
+      plan.cycles = (turns > 1 ? 0.8 * turns : 1) * local_cycles(plan);
       plan.scratch_bytes = scratch_layout(plan).bytes;
       use(plan);
     }

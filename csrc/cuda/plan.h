@@ -140,7 +140,7 @@ struct SharedLayout {
 
 // How much of what a step has to do in one block: what its estimate is made of (plan.cpp).
 struct Counts {
-  double items, trips, tiles, input_bytes, streamed_bytes, partial_bytes, cells, pushes;
+  double items, trips, tiles, input_bytes, traffic_bytes, streamed_bytes, partial_bytes, cells, pushes;
 };
 
 struct Plan {

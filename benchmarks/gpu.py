@@ -176,7 +176,7 @@ def bench(out: Path, seconds: float) -> None:
     out.write_text(json.dumps(results, indent=1))
 
 
-def small() -> None:
+def small(without: list[str]) -> None:
     """Few, small calls of every method and dtype, forward and backward, for compute-sanitizer."""
     from by_layers import by_layers
     from one_layer import Case, assert_results, by_reference
@@ -185,8 +185,8 @@ def small() -> None:
     for method, dtype in itertools.product(
         ("local", "cluster", "grid", "resident", "steps"), (torch.bfloat16, torch.float32)
     ):
-        if (method, dtype) == ("resident", torch.float32):
-            continue  # it is for tensor cores
+        if method in without or (method, dtype) == ("resident", torch.float32):
+            continue  # the latter is for tensor cores
         case = Case("lstm", 3, 3, 2, 40, truncate=(2, 2))
         results = by_layers(cuda_ops.Layers(_native.cuda, method), case, dtype, "cuda")
         assert_results(case, results, by_reference(case, dtype))
@@ -199,12 +199,13 @@ def main() -> None:
     timed = commands.add_parser("bench", help="measure, writing JSON")
     timed.add_argument("--out", type=Path, required=True)
     timed.add_argument("--seconds", type=float, default=100)
-    commands.add_parser("small", help="small cases of every method")
+    few = commands.add_parser("small", help="small cases of every method")
+    few.add_argument("--without", nargs="*", default=[], metavar="METHOD")
     arguments = parser.parse_args()
     if arguments.command == "bench":
         bench(arguments.out, arguments.seconds)
     else:
-        small()
+        small(arguments.without)
 
 
 if __name__ == "__main__":

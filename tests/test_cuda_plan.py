@@ -174,7 +174,7 @@ def test_two_directions_share_the_device():
         ({"capability": 70}, "compute capability 7.5, the device has 7.0"),
         ({"number": "int8"}, "unknown number format int8"),
         ({"cell": "gru"}, "unknown cell gru"),
-        ({"method": "best"}, "method is 'best', but should be local, cluster, grid, resident, steps"),
+        ({"method": "best"}, "method is 'best', but should be local, cluster, grid, resident"),
         ({"directions": 3}, "one or two directions"),
         ({"k": (3, 2)}, "truncation must satisfy"),
     ],

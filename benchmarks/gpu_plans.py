@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu_plans measure --out docs/cuda_plans.json --seconds 60
     python -m benchmarks.gpu_plans fit docs/cuda_plans.json
+    python -m benchmarks.gpu_plans table docs/cuda_plans.json
 
 A step's time is the difference of two launches, of 160 and of 32 steps, so that packing and
 launching do not count. Of each problem the plans that are estimated to be fast are timed, and their
 neighbours. `fit` prints what csrc/cuda/plan.cpp has as `Costs`, in its order, and what choosing by
-them costs.
+them costs; `table` the fastest plans, as docs/cuda.md shows them.
 """
 
 from __future__ import annotations
@@ -251,6 +252,22 @@ def regrets(timed: dict[Problem, list[tuple[dict[str, Any], float]]]) -> tuple[f
     return statistics.fmean(ratios), max(ratios)
 
 
+def table(path: Path) -> None:
+    """Print every problem's fastest plan as Markdown: microseconds of a step, and the method."""
+    batches, fastest = (1, 16, 64, 256), {}
+    for *layer, B, method, _, _, us in json.loads(path.read_text())["rows"]:
+        at = tuple(layer), B
+        fastest[at] = min(fastest.get(at, (math.inf, "")), (us, method))
+    print("| | " + " | ".join(f"B {B}" for B in batches) + " |")
+    print("| --- |" + " --: |" * len(batches))
+    for layer in sorted({layer for layer, _ in fastest}):
+        number, cell, which, H = layer
+        found = (fastest.get((layer, B)) for B in batches)
+        cells = ("" if one is None else f"{one[0]:.2f} {one[1]}" for one in found)
+        name = {"lstm": "LSTM", "tanh": "RNN"}[cell]
+        print(f"| {name} {number}, {which}, H {H} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -259,11 +276,15 @@ def main() -> None:
     timed.add_argument("--seconds", type=float, default=60)
     fitted = commands.add_parser("fit", help="costs that explain the times; needs no GPU")
     fitted.add_argument("path", type=Path)
+    shown = commands.add_parser("table", help="the fastest plans, as Markdown")
+    shown.add_argument("path", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "measure":
         measure(arguments.out, arguments.seconds)
-    else:
+    elif arguments.command == "fit":
         fit(arguments.path)
+    else:
+        table(arguments.path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ struct Resident {
   using Bits = BitsOf<Real>;
   static constexpr int sums = Step::sums, columns = Shape::columns * Tile::tile_columns;
   static constexpr int units = Shape::rows * Tile::tile_rows / sums;
-  static constexpr int pitch = units * sums + 4;  // from one column of partial sums to the next: see weights.h
+  static constexpr int pitch = units * sums + 4;  // from one column of partial sums to the next, spread over the banks
   static constexpr int each = block_warps * Tile::step;
   static constexpr int cell_columns = block_threads / units;  // of which the block's threads have a cell each
   static constexpr int cells = columns > cell_columns ? columns / cell_columns : 1;  // of a thread

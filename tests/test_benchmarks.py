@@ -17,7 +17,17 @@ import pytest
 import torch
 from made_up import constant_timing, made_up_run
 
-from benchmarks import counts, halved, peers, pictures, report, results, run, tables
+from benchmarks import (
+    counts,
+    halved,
+    peers,
+    pictures,
+    report,
+    results,
+    run,
+    tables,
+    truncated,
+)
 from benchmarks.agreement import DisagreementError, check_agreement
 from benchmarks.language_model import StepProblem
 from benchmarks.layers import LayerProblem
@@ -607,3 +617,17 @@ def test_halved_end_to_end(capsys):
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["float32", "halved", "faster"]
     assert [line.split()[0] for line in lines] == ["LSTM:6,1,3,5", "RNN:6,1,3,5"]
+
+
+def test_truncated_end_to_end(capsys):
+    shapes = ["LSTM:7,2,3,5", "RNN:6,1,3,5"]
+    assert truncated.main(["--shapes", *shapes, "--k", "3", "--rounds", "2"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["loop", "one", "call", "faster"]
+    assert [line.split()[0] for line in lines] == shapes
+
+
+def test_a_loop_with_other_gradients_is_not_timed(monkeypatch):
+    monkeypatch.setattr(truncated, "detached", lambda state: state)
+    with pytest.raises(AssertionError, match="not close"):
+        truncated.main(["--shapes", "LSTM:9,2,3,5", "--k", "3", "--rounds", "2"])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from rnnfast import _native
 
+pytest.register_assert_rewrite("short_way")  # its tests are inherited, and say what failed
+
 
 @pytest.fixture(params=_native.build_info()["isas_available"])
 def isa(request):

@@ -7,31 +7,27 @@ the short way is told that these are its own.
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import short_way
 import torch
 from emulated import native, operators
-from one_layer import LAYOUTS, Case
+from one_layer import Case
 from pairwise import pairwise
 from rnnfast import cuda_direct, cuda_ops, direct, functional, ops
-from test_direct import (
+from short_way import (
+    LAYER_AXES,
     MODULES,
-    SEQUENCES,
-    UNUSUAL,
-    WATCHERS,
-    WRONG,
-    Operators,
+    assert_both_ways_agree,
     assert_equal,
+    by_operators,
     every_module,
-    flat,
     input_of,
-    lstm_and_rnn,
     results,
     state_of,
 )
-from torch.autograd.graph import saved_tensors_hooks
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -45,7 +41,7 @@ def method():
 @pytest.fixture
 def ways(method, monkeypatch):
     """Grows by "short forward", "operator backward" and so on as kernels are called."""
-    seen = []
+    seen, lock = [], threading.Lock()
 
     class Noted(cuda_ops.Layers):
         def forward(self, *args):
@@ -68,6 +64,10 @@ def ways(method, monkeypatch):
             seen.append(f"operator {'backward' if name.endswith('backward') else 'forward'}")
             return super().run(name, calls)
 
+        def _launch(self, *args):
+            with lock:  # the emulator runs one launch at a time
+                super()._launch(*args)
+
     layers, none = Noted(native, method), lambda *_: None
     monkeypatch.setattr(cuda_direct, "_layers_for", lambda x: layers if x.is_cpu else None)
     not_for_cuda = {name: none for name in ("run_layer", "run_sequence", "run_step")}
@@ -85,111 +85,39 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def by_operators(monkeypatch):
-    """A function that closes the short way while another one runs."""
-
-    def run(function, *args):
-        with monkeypatch.context() as patch:
-            for module in (direct, cuda_direct):
-                patch.setattr(module, "_watched", lambda: True)
-            return function(*args)
-
-    return run
-
-
 # The same results
 
 
-def assert_both_ways_agree(module, x, hx, ways, by_operators):
-    ways.clear()
-    short = results(module, x, hx)
-    assert {way.split()[0] for way in ways} == {"short"}
-    ways.clear()
-    assert_equal(short, by_operators(results, module, x, hx))
-    assert {way.split()[0] for way in ways} == {"operator"}
-    ways.clear()
-    with torch.no_grad():
-        inferred = flat(module(x, hx))
-        assert {way.split()[0] for way in ways} == {"short"}
-        assert_equal(inferred, short[: len(inferred)])
-        assert_equal(inferred, flat(by_operators(module, x, hx)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("with_state", [True, False])
-@pytest.mark.parametrize("batched", [True, False])
-@every_module
-def test_same_bits(name, batched, with_state, bias, dtype, ways, by_operators):
-    module = MODULES[name](bias=bias, dtype=dtype)
-    x = input_of(name, dtype)
-    lead = (2,) if batched else ()
-    shape = (*lead, 5) if "Cell" in name else (1, *lead, 5)
-    hx = state_of(name, shape, dtype) if with_state else None
-    assert_both_ways_agree(module, x if batched else x[..., 0, :], hx, ways, by_operators)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_first": True},
-        {"num_layers": 3},
-        {"bidirectional": True},
-        {"num_layers": 2, "bidirectional": True, "batch_first": True},
-        {"truncate": 2},
-        {"truncate": (1, 3)},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_same_bits_with_options(name, dtype, options, ways, by_operators):
-    if dtype == torch.bfloat16 and options.get("truncate") == (1, 3):
-        pytest.skip("what stands for a GPU's tensors is cast as the CPU's")
-    module = MODULES[name](**options, dtype=dtype)
-    x = input_of(name, dtype)
-    assert_both_ways_agree(module, x, None, ways, by_operators)
-    rows = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
-    batch = x.shape[0 if options.get("batch_first") else 1]
-    hx = state_of(name, (rows, batch, 5), dtype)
-    assert_both_ways_agree(module, x.flip(-1)[..., ::1], hx, ways, by_operators)
+class TestSameBits(short_way.SameBits):
+    @pytest.fixture(autouse=True)
+    def cast_as_on_a_gpu(self, request):
+        given = request.node.callspec.params
+        if given["dtype"] == torch.bfloat16 and given.get("options") == {"truncate": (1, 3)}:
+            pytest.skip("what stands for a GPU's tensors is cast as the CPU's")
 
 
 @pytest.mark.parametrize("method", ["gemm"])
 @pytest.mark.parametrize("with_state", [True, False])
 @every_module
-def test_same_bits_where_torch_multiplies(name, with_state, ways, by_operators):
+def test_same_bits_where_torch_multiplies(name, with_state, ways):
     """Step by step, whatever the shape of x and of the states."""
     for x, lead in ((input_of(name), (2,)), (input_of(name)[..., 0, :], ())):
         shape = (*lead, 5) if "Cell" in name else (1, *lead, 5)
         hx = state_of(name, shape) if with_state else None
-        assert_both_ways_agree(MODULES[name](), x, hx, ways, by_operators)
+        assert_both_ways_agree(MODULES[name](), x, hx, ways)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_same_bits_with_little_memory(bidirectional, ways, by_operators):
+def test_same_bits_with_little_memory(bidirectional, ways):
     module, x = MODULES["LSTM"](memory="low", bidirectional=bidirectional), input_of("LSTM")
     for hx in (None, state_of("LSTM", (1 + bidirectional, 2, 5))):
-        assert_both_ways_agree(module, x, hx, ways, by_operators)
+        assert_both_ways_agree(module, x, hx, ways)
 
 
 LAYER_CASES = [
     (choice.pop("dtype"), choice.pop("keep"), Case(**choice))
-    for choice in pairwise(
-        dtype=DTYPES,
-        keep=["all", "cells"],
-        cell=["lstm", "tanh", "relu"],
-        T=[1, 5],
-        B=[1, 3],
-        I=[1, 4],
-        H=[1, 17],
-        reverse=[False, True],
-        biases=["both", "none", "input", "hidden"],
-        layout=list(LAYOUTS),
-        upstream=[("y",), ("h_n", "c_n"), ("y", "c"), ("y", "h_n", "c_n", "c")],
-        truncate=[None, (1, 1), (2, 3), (7, 9)],
-    )
+    for choice in pairwise(dtype=DTYPES, keep=["all", "cells"], **LAYER_AXES)
 ]
 
 
@@ -267,188 +195,34 @@ def test_zeros_are_kept_and_grow():
 # Autograd
 
 
-@every_module
-def test_gradients_nobody_needs_are_not_computed(name, ways, monkeypatch):
-    module, wants = MODULES[name](), []
-    backward = cuda_ops.Layers.backward
+@pytest.mark.usefixtures("ways")
+class TestAutograd(short_way.Autograd):
+    saves = 4
 
-    def noted(self, *args):
-        wants.append(args[-1])
-        given = backward(self, *args)
-        assert [gradient is not None for gradient in given] == list(args[-1])
-        return given
+    @pytest.fixture
+    def wants(self, ways, monkeypatch):
+        asked, backward = [], cuda_ops.Layers.backward
 
-    monkeypatch.setattr(cuda_ops.Layers, "backward", noted)
-    leaves = {"x": input_of(name), **dict(module.named_parameters())}
-    for index, (key, leaf) in enumerate(leaves.items()):
-        for other in leaves.values():
-            other.requires_grad_(other is leaf)
-        flat(module(leaves["x"]))[0].sum().backward()
-        assert [k for k, v in leaves.items() if v.grad is not None] == [key]
-        leaf.grad = None
-        want = [False] * 6
-        want[{0: 0, 1: 3, 2: 4, 3: 5, 4: 5}[index]] = True
-        assert wants.pop() == tuple(want)
+        def noted(self, *args):
+            asked.append(args[-1])
+            given = backward(self, *args)
+            assert [gradient is not None for gradient in given] == list(args[-1])
+            return given
 
-
-@pytest.mark.parametrize("changed", ["x", "weight_ih_l0", "weight_hh_l0", "h0", "y"])
-@lstm_and_rnn
-def test_changes_between_forward_and_backward_are_noticed(name, changed, ways):
-    module = MODULES[name]()
-    x, hx = input_of(name).requires_grad_(), state_of(name, (1, 2, 5))
-    y, _ = module(x, hx)
-    loss = y.sum()
-    named = {"x": x, "h0": flat(hx)[0], "y": y, **dict(module.named_parameters())}
-    with torch.no_grad():
-        named[changed].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    assert ways == ["short forward"]
-
-
-@lstm_and_rnn
-def test_memory_exchanged_between_forward_and_backward_is_not_read_beyond_its_end(name, ways):
-    module = MODULES[name]()
-    loss = module(input_of(name))[0].sum()
-    module.weight_hh_l0.data = torch.zeros(1, 1)  # what no version counter sees
-    with pytest.raises(RuntimeError, match=r"w_hh|shape"):
-        loss.backward()
-    assert ways[:1] == ["short forward"]
-
-
-@every_module
-@pytest.mark.parametrize("through", ["x", "dy"])
-def test_second_derivatives_are_refused(name, through, ways, by_operators):
-    module, x = MODULES[name](), input_of(name).requires_grad_()
-
-    def differentiate_twice():
-        y = flat(module(x))[0]
-        dy = torch.ones_like(y, requires_grad=True)
-        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
-        assert dx.shape == x.shape
-        torch.autograd.grad(dx.sum(), x if through == "x" else dy)
-
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice") as short:
-        differentiate_twice()
-    assert ways == ["short forward", "operator backward"]
-    with pytest.raises(RuntimeError) as operator:
-        by_operators(differentiate_twice)
-    assert str(short.value) == str(operator.value)
-
-
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_a_graph_of_the_gradient_changes_no_bit(name, ways):
-    """Unbatched, too, and without a state: the operators get other shapes."""
-    module = MODULES[name]()
-    for x in (input_of(name), input_of(name)[:, 0]):
-        leaves = [x.requires_grad_(), *module.parameters()]
-        loss = flat(module(x))[0].square().sum()
-        kept = torch.autograd.grad(loss, leaves, create_graph=True)
-        assert_equal(kept, torch.autograd.grad(loss, leaves))
-
-
-@every_module
-def test_saved_tensors_hooks_see_all_and_may_move_it(name, ways):
-    module, x = MODULES[name](), input_of(name)
-    want, packed = results(module, x, None), []
-
-    def pack(tensor):
-        packed.append(tensor.shape)
-        return tensor.detach().numpy().copy()
-
-    with saved_tensors_hooks(pack, torch.from_numpy):
-        assert_equal(results(module, x, None), want)
-    assert len(packed) >= 4
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@lstm_and_rnn
-def test_hooks_that_give_something_else_back(name, wrong, ways):
-    module, x = MODULES[name](), input_of(name).requires_grad_()
-    with saved_tensors_hooks(lambda t: t.detach().clone(), WRONG[wrong]):
-        y, _ = module(x)
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            y.sum().backward()
-    assert "short backward" not in ways
-
-
-@every_module
-def test_batched_gradients(name, ways):
-    module, x = MODULES[name](), input_of(name).requires_grad_()
-    y = flat(module(x))[0]
-    dy = torch.randn(3, *y.shape)
-    batched = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)[0]
-    for row, one in zip(batched, dy, strict=True):
-        assert torch.equal(row, torch.autograd.grad(y, x, one, retain_graph=True)[0])
-
-
-def test_threads_do_not_meet(ways):
-    """The emulator runs one launch at a time; all around it is shared."""
-    lock, run = threading.Lock(), cuda_ops.Layers._launch
-
-    def launch(*args):
-        with lock:
-            run(*args)
-
-    modules = [MODULES[name]() for name in SEQUENCES]
-    x = torch.randn(4, 2, 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_ops.Layers, "_launch", launch)
-        want, got = [results(module, x, None) for module in modules], {}
-
-        def work(index):
-            for _ in range(5):
-                got[index] = results(modules[index % len(modules)], x, None)
-
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for index in range(6):
-        assert_equal(got[index], want[index % len(modules)])
-
-
-@every_module
-def test_nothing_is_recorded_without_need(name, ways):
-    module, x = MODULES[name](), input_of(name)
-    with torch.inference_mode():
-        inferred = flat(module(x))
-        assert all(output.is_inference() for output in inferred)
-    with torch.no_grad():
-        assert not any(output.requires_grad for output in flat(module(x)))
-    frozen = module.requires_grad_(False)
-    assert not any(output.requires_grad for output in flat(frozen(x)))
-    assert set(ways) == {"short forward"}
-    assert all(output.requires_grad for output in flat(frozen(x.requires_grad_())))
+        monkeypatch.setattr(cuda_ops.Layers, "backward", noted)
+        return asked
 
 
 # Where the operators are needed
 
 
-@pytest.mark.parametrize("watcher", WATCHERS)
-@every_module
-def test_watched_calls_go_through_the_operators(name, watcher, ways):
-    module, x = MODULES[name](), input_of(name)
-    want = results(module, x, None)
-    ways.clear()
-    with WATCHERS[watcher]():
-        assert_equal(results(module, x, None), want)
-    assert ways == ["operator forward", "operator backward"]
-    ways.clear()
-    module(x)
-    assert ways == ["short forward"]
+class TestWatched(short_way.Watched):
+    pass
 
 
-@every_module
-def test_a_watcher_may_come_for_the_backward_pass(name, ways):
-    module, x = MODULES[name](), input_of(name)
-    want = results(module, x, None)
-    with ExitStack() as stack:
-        module.register_forward_hook(lambda *_: stack.enter_context(Operators()) and None)
-        ways.clear()
-        assert_equal(results(module, x, None), want)
-    assert ways == ["short forward", "operator backward"]
+@pytest.mark.usefixtures("ways")
+class TestUnusual(short_way.Unusual):
+    pass
 
 
 @every_module
@@ -461,29 +235,11 @@ def test_autocast_changes_nothing_inside(name, ways):
     assert {way.split()[0] for way in ways} == {"operator"}
 
 
-@pytest.mark.parametrize("kind", UNUSUAL)
-@every_module
-def test_unusual_tensors_go_through_the_operators(name, kind, ways):
-    module, x = MODULES[name](), input_of(name)
-    want = flat(module(x))
-    ways.clear()
-    for got, expected in zip(flat(module(UNUSUAL[kind](x))), want, strict=True):
-        assert torch.equal(got.as_subclass(torch.Tensor), expected)
-    assert set(ways) == {"operator forward"}
-
-
-@every_module
-def test_a_tensor_that_left_a_transformation(name, ways):
-    module, x, left = MODULES[name](), input_of(name), []
-    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(x)
-    assert_equal(flat(module(left[0])), flat(module(x)))
-
-
 # Mistakes
 
 
 @pytest.mark.parametrize("recording", [True, False])
-def test_mistakes_are_worded_by_the_general_way(recording, ways, by_operators):
+def test_mistakes_are_worded_by_the_general_way(recording, ways):
     x, weights = torch.randn(4, 2, 3), [torch.randn(s) for s in ((20, 3), (20, 5), (20,), (20,))]
     h = torch.zeros(1, 2, 5)
     calls = {

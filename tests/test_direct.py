@@ -5,35 +5,31 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-import threading
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import one_layer
 import pytest
+import short_way
 import torch
-from one_layer import LAYOUTS, Case, by_operator
+from one_layer import Case, by_operator
 from pairwise import pairwise
-from rnnfast import LSTM, RNN, LSTMCell, RNNCell, _native, cpu, direct, ops
-from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
+from rnnfast import LSTM, _native, cpu, direct, ops
+from short_way import (
+    LAYER_AXES,
+    MODULES,
+    assert_equal,
+    by_operators,
+    every_module,
+    flat,
+    input_of,
+    lstm_and_rnn,
+    results,
+    state_of,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-
-MODULES = {
-    "LSTM": lambda **o: LSTM(3, 5, **o),
-    "RNN tanh": lambda **o: RNN(3, 5, **o),
-    "RNN relu": lambda **o: RNN(3, 5, nonlinearity="relu", **o),
-    "LSTMCell": lambda **o: LSTMCell(3, 5, **o),
-    "RNNCell tanh": lambda **o: RNNCell(3, 5, **o),
-    "RNNCell relu": lambda **o: RNNCell(3, 5, nonlinearity="relu", **o),
-}
-SEQUENCES = [name for name in MODULES if "Cell" not in name]
-every_module = pytest.mark.parametrize("name", MODULES)
-lstm_and_rnn = pytest.mark.parametrize("name", ["LSTM", "RNN tanh"])
 
 
 @pytest.fixture
@@ -67,70 +63,6 @@ def ways(monkeypatch):
     return seen
 
 
-@pytest.fixture
-def by_operators(monkeypatch):
-    """A function that closes the short way while another one runs."""
-
-    def run(function, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(direct, "_watched", lambda: True)
-            return function(*args)
-
-    return run
-
-
-def flat(value):
-    """The tensors of a nested tuple."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for part in value for tensor in flat(part)]
-
-
-def input_of(name, dtype=torch.float32):
-    return torch.randn((2, 3) if "Cell" in name else (4, 2, 3), dtype=dtype)
-
-
-def state_of(name, shape, dtype=torch.float32):
-    state = torch.randn(shape, dtype=dtype)
-    return (state, state.cos()) if "LSTM" in name else state
-
-
-def results(module, x, hx):
-    """Outputs and the gradients of everything, from leaves of their own."""
-    x = x.detach().requires_grad_()
-    states = [s.detach().requires_grad_() for s in flat(hx)] if hx is not None else []
-    given = None if hx is None else tuple(states) if isinstance(hx, tuple) else states[0]
-    outputs = flat(module(x, given))
-    loss = sum((o * torch.linspace(0.5, 1.5, o.numel()).view(o.shape)).sum() for o in outputs)
-    gradients = torch.autograd.grad(loss, [x, *states, *module.parameters()])
-    return [*(o.detach() for o in outputs), *gradients]
-
-
-def assert_equal(got, want):
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape
-        assert torch.equal(a, b)
-
-
-# The same results
-
-
-def assert_both_ways_agree(module, x, hx, ways, by_operators):
-    ways.clear()
-    short = results(module, x, hx)
-    assert {way.split()[0] for way in ways} == {"short"}
-    ways.clear()
-    assert_equal(short, by_operators(results, module, x, hx))
-    assert {way.split()[0] for way in ways} == {"operator"}
-    ways.clear()
-    with torch.no_grad():
-        inferred = flat(module(x, hx))
-        assert {way.split()[0] for way in ways} == {"short"}
-        assert_equal(inferred, short[: len(inferred)])
-        assert_equal(inferred, flat(by_operators(module, x, hx)))
-
-
 @pytest.fixture(params=["exchange", "attributes"])
 def reading(request):
     """Both ways in which the core may read a tensor."""
@@ -139,43 +71,13 @@ def reading(request):
     _native.core.use_exchange(before)
 
 
+# The same results
+
+
 @pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("with_state", [True, False])
-@pytest.mark.parametrize("batched", [True, False])
-@every_module
-def test_same_bits(name, batched, with_state, bias, dtype, ways, by_operators):
-    module = MODULES[name](bias=bias, dtype=dtype)
-    x = input_of(name, dtype)
-    lead = (2,) if batched else ()
-    shape = (*lead, 5) if "Cell" in name else (1, *lead, 5)
-    hx = state_of(name, shape, dtype) if with_state else None
-    assert_both_ways_agree(module, x if batched else x[..., 0, :], hx, ways, by_operators)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_first": True},
-        {"num_layers": 3},
-        {"bidirectional": True},
-        {"num_layers": 2, "bidirectional": True, "batch_first": True},
-        {"truncate": 2},
-        {"truncate": (1, 3)},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_same_bits_with_options(name, dtype, options, ways, by_operators):
-    module = MODULES[name](**options, dtype=dtype)
-    x = input_of(name, dtype)
-    assert_both_ways_agree(module, x, None, ways, by_operators)
-    rows = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
-    batch = x.shape[0 if options.get("batch_first") else 1]
-    hx = state_of(name, (rows, batch, 5), dtype)
-    assert_both_ways_agree(module, x.flip(-1)[..., ::1], hx, ways, by_operators)
+class TestSameBits(short_way.SameBits):
+    pass
 
 
 @pytest.mark.parametrize("flag", [1, 2.5, "yes", np.True_, 0, "", np.False_], ids=repr)
@@ -192,21 +94,7 @@ def test_options_need_not_be_booleans(name, option, flag):
         assert_equal(flat(module(x)), flat(plain(x)))
 
 
-LAYER_CASES = [
-    Case(**choice)
-    for choice in pairwise(
-        cell=["lstm", "tanh", "relu"],
-        T=[1, 5],
-        B=[1, 3],
-        I=[1, 4],
-        H=[1, 17],
-        reverse=[False, True],
-        biases=["both", "none", "input", "hidden"],
-        layout=list(LAYOUTS),
-        upstream=[("y",), ("h_n", "c_n"), ("y", "c"), ("y", "h_n", "c_n", "c")],
-        truncate=[None, (1, 1), (2, 3), (7, 9)],
-    )
-]
+LAYER_CASES = [Case(**choice) for choice in pairwise(**LAYER_AXES)]
 
 
 @pytest.mark.usefixtures("reading")
@@ -252,28 +140,19 @@ def test_tensors_are_read_through_the_exchange_table_where_there_is_one(monkeypa
 # Autograd
 
 
-@every_module
-def test_gradients_nobody_needs_are_not_computed(name, monkeypatch):
-    module = MODULES[name]()
-    wants = []
+class TestAutograd(short_way.Autograd):
+    @pytest.fixture
+    def wants(self, monkeypatch):
+        asked = []
 
-    def backward(*args):
-        *_, upstream, _, want = args
-        assert sum(gradient is not None for gradient in upstream) == 1
-        wants.append(want)
-        return cpu.backward(*args)
+        def backward(*args):
+            *_, upstream, _, want = args
+            assert sum(gradient is not None for gradient in upstream) == 1
+            asked.append(want)
+            return cpu.backward(*args)
 
-    monkeypatch.setattr(direct, "cpu", SimpleNamespace(forward=cpu.forward, backward=backward))
-    leaves = {"x": input_of(name), **dict(module.named_parameters())}
-    for index, (key, leaf) in enumerate(leaves.items()):
-        for other in leaves.values():
-            other.requires_grad_(other is leaf)
-        flat(module(leaves["x"]))[0].sum().backward()
-        assert [k for k, v in leaves.items() if v.grad is not None] == [key]
-        leaf.grad = None
-        want = [False] * 6
-        want[{0: 0, 1: 3, 2: 4, 3: 5, 4: 5}[index]] = True
-        assert wants.pop() == tuple(want)
+        monkeypatch.setattr(direct, "cpu", SimpleNamespace(forward=cpu.forward, backward=backward))
+        return asked
 
 
 @pytest.mark.parametrize("recording", [False, True])
@@ -304,29 +183,6 @@ def test_inputs_that_were_not_used_have_no_gradient(name):
         torch.autograd.grad(module(x.detach())[0].sum(), x)
 
 
-@pytest.mark.parametrize("changed", ["x", "weight_ih_l0", "weight_hh_l0", "h0", "y"])
-@lstm_and_rnn
-def test_changes_between_forward_and_backward_are_noticed(name, changed):
-    module = MODULES[name]()
-    x, hx = input_of(name).requires_grad_(), state_of(name, (1, 2, 5))
-    y, _ = module(x, hx)
-    loss = y.sum()
-    named = {"x": x, "h0": flat(hx)[0], "y": y, **dict(module.named_parameters())}
-    with torch.no_grad():
-        named[changed].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-@lstm_and_rnn
-def test_memory_exchanged_between_forward_and_backward_is_not_read_beyond_its_end(name):
-    module = MODULES[name]()
-    loss = module(input_of(name))[0].sum()
-    module.weight_hh_l0.data = torch.zeros(1, 1)  # what no version counter sees
-    with pytest.raises(RuntimeError, match=r"w_hh|shape"):
-        loss.backward()
-
-
 @lstm_and_rnn
 def test_a_graph_lives_once_unless_it_is_kept(name):
     module, x = MODULES[name](), input_of(name).requires_grad_()
@@ -336,66 +192,6 @@ def test_a_graph_lives_once_unless_it_is_kept(name):
     y.backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.backward()
-
-
-@every_module
-@pytest.mark.parametrize("through", ["x", "dy"])
-def test_second_derivatives_are_refused(name, through, by_operators):
-    module, x = MODULES[name](), input_of(name).requires_grad_()
-
-    def differentiate_twice():
-        y = flat(module(x))[0]
-        dy = torch.ones_like(y, requires_grad=True)
-        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
-        assert dx.shape == x.shape
-        torch.autograd.grad(dx.sum(), x if through == "x" else dy)
-
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice") as short:
-        differentiate_twice()
-    with pytest.raises(RuntimeError) as operator:
-        by_operators(differentiate_twice)
-    assert str(short.value) == str(operator.value)
-
-
-@every_module
-def test_a_graph_of_the_gradient_changes_no_bit(name):
-    module, x = MODULES[name](), input_of(name).requires_grad_()
-    leaves = [x, *module.parameters()]
-    loss = flat(module(x))[0].square().sum()
-    kept = torch.autograd.grad(loss, leaves, create_graph=True)
-    assert_equal(kept, torch.autograd.grad(loss, leaves))
-
-
-@every_module
-def test_saved_tensors_hooks_see_all_and_may_move_it(name):
-    module, x = MODULES[name](), input_of(name)
-    want, packed = results(module, x, None), []
-
-    def pack(tensor):
-        packed.append(tensor.shape)
-        return tensor.detach().numpy().copy()
-
-    with saved_tensors_hooks(pack, torch.from_numpy):
-        assert_equal(results(module, x, None), want)
-    assert len(packed) >= 5
-
-
-WRONG = {
-    "shape": lambda t: t[..., :1],
-    "dtype": lambda t: t.double(),
-    "device": lambda t: t.to("meta"),
-    "layout": lambda t: t.to_sparse(),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@lstm_and_rnn
-def test_hooks_that_give_something_else_back(name, wrong):
-    module, x = MODULES[name](), input_of(name).requires_grad_()
-    with saved_tensors_hooks(lambda t: t.detach().clone(), WRONG[wrong]):
-        y, _ = module(x)
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            y.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
@@ -409,50 +205,7 @@ def test_anomaly_mode_names_the_layer():
 
 
 @every_module
-def test_batched_gradients(name):
-    module, x = MODULES[name](), input_of(name).requires_grad_()
-    y = flat(module(x))[0]
-    dy = torch.randn(3, *y.shape)
-    batched = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)[0]
-    for row, one in zip(batched, dy, strict=True):
-        assert torch.equal(row, torch.autograd.grad(y, x, one, retain_graph=True)[0])
-
-
-def test_threads_do_not_meet():
-    modules = [MODULES[name]() for name in SEQUENCES]
-    x = torch.randn(4, 2, 3)
-    want, got = [results(module, x, None) for module in modules], {}
-
-    def work(index):
-        for _ in range(20):
-            got[index] = results(modules[index % len(modules)], x, None)
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(6):
-        assert_equal(got[index], want[index % len(modules)])
-
-
-@every_module
-def test_nothing_is_recorded_without_need(name, ways):
-    module, x = MODULES[name](), input_of(name)
-    with torch.no_grad():
-        assert not any(output.requires_grad for output in flat(module(x)))
-    with torch.inference_mode():
-        inferred = flat(module(x))
-        assert all(output.is_inference() for output in inferred)
-        assert_equal(flat(module(inferred[0][..., :3])), flat(module(inferred[0][..., :3].clone())))
-    frozen = module.requires_grad_(False)
-    assert not any(output.requires_grad for output in flat(frozen(x)))
-    assert set(ways) == {"short forward"}
-    assert all(output.requires_grad for output in flat(frozen(x.requires_grad_())))
-
-
-@every_module
-def test_autocast_casts_what_it_did(name, by_operators):
+def test_autocast_casts_what_it_did(name):
     module, x = MODULES[name](), input_of(name)
     for given in (x, x.bfloat16()):
         with torch.autocast("cpu", torch.bfloat16):
@@ -534,53 +287,13 @@ def test_sizes_are_looked_at_in_every_call(weight, ways):
 # Where the operators are needed
 
 
-class Subclass(torch.Tensor):
+class TestWatched(short_way.Watched):
     pass
 
 
-class Functions(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-class Operators(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-WATCHERS = {
-    "dispatch mode": Operators,
-    "function mode": Functions,
-    "default device": lambda: torch.device("cpu"),
-    "forward mode": forward_ad.dual_level,
-    "profiler": lambda: profile(activities=[ProfilerActivity.CPU]),
-    "autograd profiler": torch.autograd.profiler.profile,
-}
-
-
-@pytest.mark.parametrize("watcher", WATCHERS)
-@every_module
-def test_watched_calls_go_through_the_operators(name, watcher, ways):
-    module, x = MODULES[name](), input_of(name)
-    want = results(module, x, None)
-    ways.clear()
-    with WATCHERS[watcher]():
-        assert_equal(results(module, x, None), want)
-    assert ways == ["operator forward", "operator backward"]
-    ways.clear()
-    module(x)
-    assert ways == ["short forward"]
-
-
-@every_module
-def test_a_watcher_may_come_for_the_backward_pass(name, ways):
-    module, x = MODULES[name](), input_of(name)
-    want = results(module, x, None)
-    with ExitStack() as stack:
-        module.register_forward_hook(lambda *_: stack.enter_context(Operators()) and None)
-        ways.clear()
-        assert_equal(results(module, x, None), want)
-    assert ways == ["short forward", "operator backward"]
+@pytest.mark.usefixtures("reading")
+class TestUnusual(short_way.Unusual):
+    pass
 
 
 def test_a_profile_shows_the_operators():
@@ -589,33 +302,6 @@ def test_a_profile_shows_the_operators():
         module(x)[0].sum().backward()
     names = {event.key for event in profiled.key_averages()}
     assert {"rnnfast::lstm_layer", "rnnfast::lstm_layer_backward"} <= names
-
-
-UNUSUAL = {
-    "subclass": lambda x: x.as_subclass(Subclass),
-    "parameter of a subclass": lambda x: torch.nn.Parameter(x.as_subclass(Subclass)),
-    "lazy negation": lambda x: torch._neg_view(-x),
-}
-
-
-@pytest.mark.usefixtures("reading")
-@pytest.mark.parametrize("kind", UNUSUAL)
-@every_module
-def test_unusual_tensors_go_through_the_operators(name, kind, ways):
-    module, x = MODULES[name](), input_of(name)
-    want = flat(module(x))
-    ways.clear()
-    for got, expected in zip(flat(module(UNUSUAL[kind](x))), want, strict=True):
-        assert torch.equal(got.as_subclass(torch.Tensor), expected)
-    assert ways == ["operator forward"]
-
-
-@pytest.mark.usefixtures("reading")
-@every_module
-def test_a_tensor_that_left_a_transformation(name):
-    module, x, left = MODULES[name](), input_of(name), []
-    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(x)
-    assert_equal(flat(module(left[0])), flat(module(x)))
 
 
 @pytest.mark.usefixtures("reading")
@@ -642,7 +328,7 @@ def test_unusual_weights_and_states_go_through_the_operators(name, ways):
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @lstm_and_rnn
-def test_tensors_without_memory_are_refused_as_by_the_operators(name, layout, by_operators):
+def test_tensors_without_memory_are_refused_as_by_the_operators(name, layout):
     module, x = MODULES[name](), torch.randn(4, 3)
     messages = []
     for run in (module, lambda given: by_operators(module, given)):
@@ -661,7 +347,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @lstm_and_rnn
-def test_transforms_meet_the_operators(name, transform, ways, by_operators):
+def test_transforms_meet_the_operators(name, transform, ways):
     module, x = MODULES[name]().requires_grad_(False), input_of(name)
 
     def transformed():

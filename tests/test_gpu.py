@@ -60,7 +60,28 @@ def error_of(module, x, exact):
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.fixture
+def allow_tf32(request):
+    """TF32 for both libraries, or for none."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = request.param
+    yield
+    for flag, value in zip(flags, before, strict=True):
+        flag.allow_tf32 = value
+
+
+@pytest.mark.usefixtures("allow_tf32")
+@pytest.mark.parametrize(
+    ("dtype", "allow_tf32"),
+    [
+        *((dtype, False) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        (torch.float32, True),
+    ],
+    indirect=["allow_tf32"],
+    ids=["float32", "float16", "bfloat16", "tf32"],
+)
 @pytest.mark.parametrize(("H", "B"), [(64, 3), (256, 16), (768, 16)])
 def test_error_no_larger_than_cudnn_s(H, B, dtype):
     """Over 1024 steps, against the same weights in float64, which cuDNN computes."""
@@ -71,14 +92,9 @@ def test_error_no_larger_than_cudnn_s(H, B, dtype):
     exact = torch.nn.LSTM(H, H, device="cuda", dtype=torch.float64)
     exact.load_state_dict({name: v.double() for name, v in theirs.state_dict().items()})
     x = torch.randn(1024, B, H, device="cuda", dtype=dtype)
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            want = exact(x.double())[0]
-            assert error_of(ours, x, want) <= 1.1 * error_of(theirs, x, want)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    with torch.no_grad():
+        want = exact(x.double())[0]
+        assert error_of(ours, x, want) <= 1.1 * error_of(theirs, x, want)
 
 
 @pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, True)])

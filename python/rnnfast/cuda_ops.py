@@ -91,9 +91,9 @@ def _operator(direction: Callable[..., Generator]) -> Callable[..., tuple]:
 class Layers:
     """A layer in one direction or in both, by the kernels of one extension module.
 
-    native: `_cuda` or the emulator. method: "local", "cluster", "grid", "steps" or "gemm" to force
-    how the recurrence runs, "" to let the planner choose. Arguments and results of the methods are
-    those of the operators in ops.py.
+    native: `_cuda` or the emulator. method: one of docs/cuda.md ("local", "cluster", "grid",
+    "resident", "steps" or "gemm") to force how the recurrence runs, "" to let the planner choose.
+    Arguments and results of the methods are those of the operators in ops.py.
     """
 
     def __init__(self, native: Any, method: str = "") -> None:

@@ -135,35 +135,80 @@ def test_more_groups_of_inputs_than_are_under_way(dtype):
     check(Case("lstm", 2, 9, 1, 530), dtype, "grid", multiprocessors=40)
 
 
-# A little less and a little more than the units that local's kernels are made for, or a few.
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("H", [3, 63, 65, 129])
+# A little less and a little more than the units that local's kernels are made for, or a few: the
+# columns that there are kernels for.
+LOCAL = {
+    "float32": {("lstm", 63): {1, 4}, ("tanh", 3): {1, 4}, ("tanh", 65): {1, 4}},
+    "float64": {("lstm", 3): {1, 4}, ("tanh", 63): {1, 4}},
+    "tf32": {("lstm", 63): {1, 4, 8}, ("tanh", 3): {1, 4, 8}, ("tanh", 65): {1, 4, 8}},
+    "float16": {("lstm", 3): {1, 8}, ("lstm", 65): {8}, ("tanh", 63): {1, 8}},
+    "bfloat16": {("lstm", 63): {1, 8}, ("tanh", 65): {1, 8}, ("tanh", 129): {8}},
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "cell", "H", "columns"),
+    [(number, *of, n) for number, kernels in LOCAL.items() for of, n in kernels.items()],
+    ids=str,
+)
+def test_every_local_kernel(cell, H, number, columns):
+    """With fewer columns than a block has, and with more."""
+    met = set()
+    for B, k in itertools.product((3, 9), (None, (2, 2))):
+        met |= check_every_plan(Case(cell, 3, B, 2, H, truncate=k), number, "local")
+    assert met == {(which, 0, n) for which in ("forward", "backward") for n in columns}
+
+
+@pytest.mark.parametrize("number", ["tf32", "float16", "bfloat16"])
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])
-def test_every_local_kernel(cell, H, dtype):
-    """For every number of columns at once, and of them one more than these."""
-    cases = [Case(cell, 3, B, 2, H, truncate=k) for B in (5, 9) for k in (None, (2, 2))]
-    for case in cases:
-        expected = by_reference(case, dtype)
-        for n in range(3):
-            results = run_plan(case, dtype, "local", n)
-            if results is not None:
-                assert_results(case, results, expected)
+def test_every_resident_kernel(cell, number):
+    met = set()
+    for B, k in itertools.product((5, 17), (None, (2, 2))):
+        met |= check_every_plan(Case(cell, 3, B, 2, 40, truncate=k), number, "resident")
+    of_one = {(1, 8), (1, 16), (2, 16)}  # tiles of rows, columns
+    of_four = {(4, 8), (4, 16), (2, 8), (2, 16)}
+    shapes = {"forward": of_four if cell == "lstm" else of_one, "backward": of_one}
+    assert met == {(which, *shape) for which, some in shapes.items() for shape in some}
 
 
-def run_plan(case, dtype, method, n):
-    """The results by plan number n of a method; None where neither pass has so many."""
-    layers, found = cuda_ops.Layers(native, method), []
+def test_a_resident_kernel_of_many_terms():
+    """An LSTM backward has 1,040: nine steps of a warp."""
+    met = check_every_plan(Case("lstm", 2, 3, 2, 260), "tf32", "resident")
+    assert ("backward", 1, 8) in met
 
-    def plans(described, directions, which, cell, number, *sizes):
-        work = (described, which == "backward", cell, number, *sizes, directions)
-        some = native.plans(*work, method) or [native.plan(*work, "cluster")]
-        found.append(n < len(some) and some[0].method == method)
-        return [some[min(n, len(some) - 1)]]
 
-    layers.plans = plans
-    with emulating():
-        results = by_layers(layers, case, dtype)
-    return results if any(found) else None
+def check_every_plan(case, number, method):
+    """Results are the textbook's by each plan of a method: pass, tiles of rows, columns of each."""
+    dtype = torch.float32 if number == "tf32" else getattr(torch, number)
+    expected, met = by_reference(case, dtype), set()
+    n, more = 0, True
+    while more:
+        layers, more = cuda_ops.Layers(native, method), False
+
+        def plans(described, directions, which, cell, planned, *sizes, n=n):
+            nonlocal more
+            assert planned == number
+            work = (described, which == "backward", cell, planned, *sizes, directions)
+            found = native.plans(*work, method)
+            if n >= len(found):
+                return [native.plan(*work, "cluster")]
+            more, about = True, found[n].as_dict()
+            rows = 0 if method == "local" else about["row_tiles"]
+            met.add((which, rows, about["group_columns"]))
+            return [found[n]]
+
+        layers.plans = plans
+        torch.backends.cuda.matmul.allow_tf32 = number == "tf32"
+        try:
+            with emulating():
+                results = by_layers(layers, case, dtype)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        if number == "tf32":  # which keeps as many bits of an operand as float16 does
+            results = {name: value.half() for name, value in results.items()}
+        assert_results(case, results, expected)
+        n += 1
+    return met
 
 
 @pytest.mark.parametrize(("method", "dtype"), TURNS, ids=str)

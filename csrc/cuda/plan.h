@@ -11,7 +11,7 @@
 //   resident    as grid, of blocks whose registers hold all weights (resident.h): medium layers, on tensor cores
 //   steps       a launch for every step: the fallback that never waits, so it needs no residency
 //   gemm        a product by the caller's library and a launch for the cells, for every step: for problems so large
-//               that the product is all there is. float32 and float64, no truncation
+//               that the product is all there is. No truncation
 #pragma once
 
 #include <cstddef>
@@ -219,6 +219,5 @@ Scratch scratch_layout(const Plan& plan);
 constexpr int partial_stride(const Tiling& tiling, int bundle_rows) {
   return tiling.bundles * bundle_rows + 4;
 }
-
 
 }  // namespace rnnfast::cuda

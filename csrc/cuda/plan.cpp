@@ -132,8 +132,8 @@ double step_cycles(const Plan& plan, const Device& device) {
   const Counts counts = plan.counts;
   const double cycles = counts.items * costs.item + counts.trips * costs.trip + counts.tiles * costs.tile +
                         counts.input_bytes * costs.input_byte + counts.traffic_bytes * costs.traffic_byte +
-                        counts.streamed_bytes * costs.streamed_byte + counts.partial_bytes * costs.partial_byte + counts.cells * costs.cell +
-                        counts.pushes * costs.push;
+                        counts.streamed_bytes * costs.streamed_byte + counts.partial_bytes * costs.partial_byte +
+                        counts.cells * costs.cell + counts.pushes * costs.push;
   return waves(plan, device) * cycles + (plan.method == Method::steps ? launch_cycles : 0);
 }
 

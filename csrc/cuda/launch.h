@@ -132,12 +132,11 @@ void run_locally(const Plan& plan, const typename Step::Layer* layers, int steps
   with_local_types<Step>(plan, [&](auto engine, auto problem) {
     using Engine = decltype(engine);
     constexpr int packed = Engine::pack_warps * Engine::packs * 32;
+    const int directions = plan.work.directions, pack_blocks = (packed + block_threads - 1) / block_threads;
     launch(describe(plan) + ", packing", pack_locally<Engine, Step>,
-           {{(packed + block_threads - 1) / block_threads, 1, plan.work.directions}, block_threads, 1, 0, false}, stream,
-           args);
+           {{pack_blocks, 1, directions}, block_threads, 1, 0, false}, stream, args);
     launch(describe(plan), recur_locally<Engine, decltype(problem), Step>,
-           {{1, plan.groups, plan.work.directions}, Engine::warps * 32, 1, std::size_t(plan.shared.bytes), false}, stream,
-           args);
+           {{1, plan.groups, directions}, Engine::warps * 32, 1, std::size_t(plan.shared.bytes), false}, stream, args);
   });
 }
 

@@ -276,7 +276,8 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
     plan.tiling.columns = plan.tiling.group_columns = plan.tiling.pass_columns = int(product.columns);
     const double weights = double(product.rows) * double(product.terms);
     const double operations = 2 * weights * std::max(gemm_columns, double(product.columns));
-    const double multiplied = std::max(operations / gemm_rate(work.format), weights * plan.engine.real_bytes * gemm_byte);
+    const double read = weights * plan.engine.real_bytes * gemm_byte;
+    const double multiplied = std::max(operations / gemm_rate(work.format), read);
     plan.cycles = work.directions * std::max(gemm_queued, gemm_rest + multiplied);
     use(plan);
   } else if (method == Method::local) {

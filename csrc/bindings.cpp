@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "check.h"
 #include "cpu/kernels.h"
@@ -17,6 +18,7 @@
 #include "cpu/team.h"
 #include "python/layer.h"
 #include "python/names.h"
+#include "python/offsets.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -46,11 +48,12 @@ void layer_backward(std::string_view cell, Index T, Index B, Index I, Index H, b
                     Index k1, Index k2, Address dy, Address dh_n, Address dc_n, Address dc, Address x,
                     Address w_ih, Address w_hh, Address h0, Address c0, Address y, Address c,
                     Address gates, Address dx, Address dw_ih, Address dw_hh, Address db, Address dh0,
-                    Address dc0, Address da, Address da_windows,
-                    Address da_sums, Address b_ih, Address b_hh) {
+                    Address dc0, Address da, Address da_windows, Address da_sums, Address b_ih,
+                    Address b_hh, Address batch_sizes) {
   using Real = RealOf<Storage>;
+  const std::vector<Index> offsets = python::offsets_of(batch_sizes, T);
   const LayerBackward<Storage> layer{
-      {python::cell_named(cell), T, B, I, H, reverse, threads},
+      {python::cell_named(cell), T, B, I, H, reverse, threads, offsets.empty() ? nullptr : offsets.data()},
       k1,              k2,              at<Storage>(dy),    at<Storage>(dh_n),  at<Real>(dc_n),
       at<Real>(dc),    at<Storage>(x),     at<Storage>(w_ih),  at<Storage>(w_hh),  at<Storage>(h0),
       at<Real>(c0),    at<Storage>(y),     at<Real>(c),     at<Real>(gates), at<Storage>(dx),

@@ -9,11 +9,12 @@
 
 namespace rnnfast {
 
-enum class Status { ok, bad_size, missing_argument, bad_truncation };
+enum class Status { ok, bad_size, bad_offsets, missing_argument, bad_truncation };
 
 inline const char* message(Status status) {
   switch (status) {
     case Status::bad_size: return "a size is negative, too large, or the thread count is below one";
+    case Status::bad_offsets: return "steps must have from 1 to B rows, the first one B, and none more than the one before";
     case Status::missing_argument: return "an array that this operation needs is missing";
     case Status::bad_truncation: return "truncation must satisfy 1 <= k1 <= T and k1 <= k2 <= ceil(T / k1) * k1";
     case Status::ok: break;
@@ -31,7 +32,11 @@ inline bool countable(const LayerShape& shape) {
 inline Status check(const LayerShape& shape) {
   if (shape.T < 0 || shape.B < 0 || shape.I < 0 || shape.H < 1 || shape.threads < 1)
     return Status::bad_size;
-  return countable(shape) ? Status::ok : Status::bad_size;
+  if (!countable(shape)) return Status::bad_size;
+  if (shape.offsets && shape.first_row(0) != 0) return Status::bad_offsets;
+  for (Index t = 0; shape.offsets && t < shape.T; ++t)
+    if (shape.rows_at(t) < 1 || shape.rows_at(t) > (t > 0 ? shape.rows_at(t - 1) : shape.B)) return Status::bad_offsets;
+  return shape.rows_at(0) == shape.B || shape.T == 0 ? Status::ok : Status::bad_offsets;
 }
 
 template <class Storage>

@@ -6,6 +6,8 @@
 // "absent" only where the line says so.
 //
 // Sizes   T steps, B batch rows, I input, H hidden units, G gates of the cell (LSTM 4, RNN 1).
+// Packed  Sequences may end early: the longest come first, and a step has a row for each that still runs. Where a
+//         shape has offsets, (T, B, ...) below stands for (N, ...): these N rows, step after step, without padding.
 // Gates   stand in torch's order i, f, g, o, so a row of 4H holds i(0..H), f(0..H), g(0..H), o(0..H).
 // Steps   t is the index into the arrays; p counts steps in processing order: p = t, or p = T-1-t for
 //         a layer that runs in reverse. "Previous" always means previous in processing order.
@@ -43,6 +45,23 @@ struct LayerShape {
   Index T, B, I, H;
   bool reverse;  // run t = T-1 .. 0
   int threads;   // at most this many threads, >= 1
+  const Index* offsets = nullptr;  // packed: (T + 1), the first row of every step, and N; else null
+
+  // Rows of step t, none before the first and after the last: batch rows [0, rows_at(t)) run.
+  Index rows_at(Index t) const {
+    if (t < 0 || t >= T) return 0;
+    return offsets ? offsets[t + 1] - offsets[t] : B;
+  }
+  // Where they begin among the rows of all steps, 0 <= t <= T.
+  Index first_row(Index t) const { return offsets ? offsets[t] : t * B; }
+  Index rows() const { return first_row(T); }
+  // Rows of a step on average, rounded up.
+  Index mean_rows() const { return offsets && T > 0 ? (rows() + T - 1) / T : B; }
+
+  // In processing order: step p, and the step before step t, both as indices into the arrays.
+  Index time(Index p) const { return reverse ? T - 1 - p : p; }
+  Index before(Index t) const { return reverse ? t + 1 : t - 1; }
+  Index after(Index t) const { return reverse ? t - 1 : t + 1; }
 };
 
 // One layer, one direction, forward.
@@ -56,11 +75,11 @@ struct LayerForward {
   const Storage* w_hh;  // input   (G*H, H)
   const Storage* b_ih;  // input   (G*H)      may be null: zero
   const Storage* b_hh;  // input   (G*H)      may be null: zero
-  const Storage* h0;    // input   (B, H)
+  const Storage* h0;    // input   (B, H)     what a sequence's first step in processing order is given
   const Real* c0;       // input   (B, H)     LSTM only, else null
 
   Storage* y;    // output  (T, B, H)       hidden state of every step; an RNN's saved tensor too
-  Storage* h_n;  // output  (B, H)          hidden state after the last step; may be null: not wanted
+  Storage* h_n;  // output  (B, H)          hidden state after a sequence's last step; may be null: not wanted
   Real* c_n;     // output  (B, H)          LSTM only, else null
   Real* c;       // saved   (T, B, H)       LSTM: cell state of every step; null: not kept
   Real* gates;   // saved   (T, B, 4, H)    LSTM: i, f, g, o after their nonlinearities; null: not kept
@@ -74,7 +93,7 @@ struct LayerForward {
 // t in [j*k1, min((j+1)*k1, T)). A block's losses send gradient through the block itself and the
 // k2-k1 steps that precede it in processing order, and no further. A window that reaches p = 0 also
 // passes gradient on to h0 and c0. Gradients of the final states belong to the last block in processing
-// order. k1 = k2 = T is plain BPTT.
+// order. k1 = k2 = T is plain BPTT. Packed, each sequence is cut where it would be by itself.
 template <class Storage>
 struct LayerBackward {
   using Real = RealOf<Storage>;

@@ -5,15 +5,15 @@
 // step back at once. Plain BPTT is the case of a single window; TBPTT(k, k) is a batch T / k times as
 // large over k steps. Where windows overlap (k2 > k1) each carries its own da, and a step's da is their
 // sum: one kernel step takes no two windows to the same t, so adding needs no lock, and a barrier
-// after it fixes the order.
+// after it fixes the order. Rows that do not run at a step, as their sequence or window does not reach so far, are
+// left out.
 //
 // A single window goes by in chunks of steps, recurrence and products in turn: da, the largest array of all,
 // is then used while it is in cache, and never stored for the whole sequence. Gates that were not kept are
 // computed again the same way, at the beginning of their chunk.
 #pragma once
 
-#include <vector>
-
+#include "../truncation.h"
 #include "forward.h"
 #include "gemm.h"
 #include "gradient.h"
@@ -26,8 +26,8 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 template <class Storage>
 struct WindowRow {
   using Real = RealOf<Storage>;
-  enum Place { outside, inside, before_start };
-  Place place;
+  Index index;
+  bool inside;            // it runs at this step; else this is the step before its sequence's first
   bool arrives;           // something comes from the step after
   const Storage *dy, *dh_n;  // the losses' part, where they count for this window
   const Real *dc, *dc_n;
@@ -66,14 +66,14 @@ struct LstmBackward {
   static constexpr Index gates = 4;
   const LayerBackward<Storage>& layer;
   Real* dc_carry;             // (window rows, H)
-  StepRing<Real> recomputed;  // gates that were not kept
+  RowRing<Real> recomputed;  // gates that were not kept
 
-  void find_saved(WindowRow<Storage>& row, Index p, Index t, Index b) const {
-    const Index B = layer.shape.B, H = layer.shape.H;
-    const Index t_prev = layer.shape.reverse ? t + 1 : t - 1;
-    row.gates = layer.gates ? layer.gates + (t * B + b) * 4 * H : recomputed.at(p) + b * 4 * H;
-    row.c = layer.c + (t * B + b) * H;
-    row.c_prev = p == 0 ? layer.c0 + b * H : layer.c + (t_prev * B + b) * H;
+  void find_saved(WindowRow<Storage>& row, Index t, Index b) const {
+    const LayerShape& shape = layer.shape;
+    const Index H = shape.H, t_prev = shape.before(t), here = shape.first_row(t) + b;
+    row.gates = layer.gates ? layer.gates + here * 4 * H : recomputed.at(here);
+    row.c = layer.c + here * H;
+    row.c_prev = b < shape.rows_at(t_prev) ? layer.c + (shape.first_row(t_prev) + b) * H : layer.c0 + b * H;
   }
 
   RNNFAST_INLINE void prefetch(const WindowRow<Storage>& row, Index unit) const {
@@ -114,10 +114,10 @@ struct RnnBackward {
   static constexpr Index gates = 1;
   const LayerBackward<Storage>& layer;
   Real* dc_carry;             // none: null
-  StepRing<Real> recomputed;  // none
+  RowRing<Real> recomputed;  // none
 
-  void find_saved(WindowRow<Storage>& row, Index, Index t, Index b) const {
-    row.h = layer.y + (t * layer.shape.B + b) * layer.shape.H;
+  void find_saved(WindowRow<Storage>& row, Index t, Index b) const {
+    row.h = layer.y + (layer.shape.first_row(t) + b) * layer.shape.H;
   }
 
   RNNFAST_INLINE void prefetch(const WindowRow<Storage>& row, Index unit) const {
@@ -138,104 +138,129 @@ struct RnnBackward {
 template <class Storage>
 struct BackwardScratch {
   using Real = RealOf<Storage>;
-  StepRing<Storage> da;  // (steps, B, G*H)  of all steps, or of the chunk in work and the one before it
-  StepRing<Real> sums;   // of da over windows that overlap: da itself, or where it is added up before rounding
-  StepRing<Real> gates;  // (steps, B, 4*H)  of all steps, or of the chunk in work; none where they were kept
+  RowRing<Storage> da;   // (rows, G*H)  of all steps, or of the chunk in work and the one before it
+  RowRing<Real> sums;    // of da over windows that overlap: da itself, or where it is added up before rounding
+  RowRing<Real> gates;   // (rows, 4*H)  of all steps, or of the chunk in work; none where they were kept
+  const Storage** previous;  // (rows of all steps): as find_previous() gives it
   Storage* zeros;        // (G*H): the da of a step outside of its window
-  Real* dh_start;        // (windows that reach the start, B, H): their gradient of h0
+  Real* dh_start;        // (windows that may reach the start, B, H): their gradient of h0
   Real* dc_start;        // likewise of c0
   Real *dw_ih, *dw_hh, *db;  // weight gradients until all steps are added up
 };
 
+// Row n of windows is batch row n % B of window n / B. This thread's part of them, by the steps they run for.
+template <class Storage>
+Part part_of(const Team& team, const Plan& plan, const LayerBackward<Storage>& layer, const Truncation& truncation,
+             Index unit_vectors) {
+  const LayerShape& shape = layer.shape;
+  const Index B = shape.B, rows = truncation.blocks() * B;
+  if (!shape.offsets) return part_of(team, plan, rows, unit_vectors);
+  return part_of(team, plan, rows, unit_vectors, [&](Index first_rows) {
+    Index work = 0;
+    for (Index j = 0; j * B < first_rows; ++j)
+      for (Index p = std::max<Index>(truncation.window_begin(j), 0); p < truncation.block_end(j); ++p)
+        work += std::min(first_rows - j * B, shape.rows_at(shape.time(p)));
+    return work;
+  });
+}
+
 // The recurrence of one thread's part, over kernel steps [steps.begin, steps.end), the last one first.
 template <class Storage, class CellLayer, class Right>
-void recur_back(Team& team, const Plan& plan, const LayerBackward<Storage>& layer,
+void recur_back(Team& team, const Part& part, bool meets, const LayerBackward<Storage>& layer,
                 const Truncation& truncation, const CellLayer& cells, const Right& w_hh, Range steps,
                 const BackwardScratch<Storage>& scratch, RealOf<Storage>* buffer) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
   using Row = WindowRow<Storage>;
   constexpr Index width = Vec<Real>::width;
-  const Index B = layer.shape.B, H = layer.shape.H, GH = CellLayer::gates * H;
+  const LayerShape& shape = layer.shape;
+  const Index B = shape.B, H = shape.H, GH = CellLayer::gates * H;
   const Index window_rows = truncation.blocks() * B;
   const bool overlapping = layer.k2 > layer.k1;
   const Columns<Element>& columns = w_hh.columns;
-  const Part part = part_of(team, plan, window_rows, columns.unit_vectors());
-  const bool meets = plan.split == Split::units || overlapping;
 
   const auto is_inside = [&](Index s, Index j, Index p) {
     return s >= 0 && s < layer.k2 && p >= 0 && p < truncation.block_end(j);
   };
-  const auto da_of_step = [&](Index p, Index b) { return scratch.da.at(p) + b * GH; };
-  const auto da_row = [&](Index s, Index row, Index p, Index b) {
-    return overlapping ? layer.da_windows + (s % 2 * window_rows + row) * GH : da_of_step(p, b);
+  // The batch rows of window j with something to do at kernel step s: those that run then, and those whose
+  // sequences begin with the step after.
+  const auto rows_of = [&](Index s, Index j) -> Range {
+    const Index p = truncation.window_begin(j) + s;
+    const Index here = shape.rows_at(shape.time(p));
+    const Index after = is_inside(s + 1, j, p + 1) ? shape.rows_at(shape.time(p + 1)) : 0;
+    return {is_inside(s, j, p) ? 0 : here, std::max(here, after)};
+  };
+  const auto own_rows_of = [&](Index s, Index j) {
+    return overlap(rows_of(s, j), {part.rows.begin - j * B, part.rows.end - j * B});
+  };
+  const auto da_row = [&](Index s, Index j, Index t, Index b) {
+    return overlapping ? layer.da_windows + (s % 2 * window_rows + j * B + b) * GH
+                       : scratch.da.at(shape.first_row(t) + b);
   };
   // Row (j, b) at kernel step s, and da of the step after it.
-  const auto find_row = [&](Index s, Index row, Row& at) -> const Storage* {
-    const Index j = row / B, b = row % B, p = truncation.window_begin(j) + s;
+  const auto find_row = [&](Index s, Index j, Index b, Row& at) -> const Storage* {
+    const Index p = truncation.window_begin(j) + s, t = shape.time(p), t_after = shape.after(t);
+    const bool goes_on = b < shape.rows_at(t_after);
     at = {};
-    at.arrives = is_inside(s + 1, j, p + 1);
-    at.dc_carry = cells.dc_carry ? cells.dc_carry + row * H : nullptr;
-    if (is_inside(s, j, p)) {
-      at.place = Row::inside;
-      const Index t = truncation.time(p), here = (t * B + b) * H;
-      const bool counts = p >= truncation.block_begin(j), final = p == truncation.T - 1;
+    at.index = j * B + b;
+    at.inside = is_inside(s, j, p) && b < shape.rows_at(t);
+    at.arrives = is_inside(s + 1, j, p + 1) && goes_on;
+    at.dc_carry = cells.dc_carry ? cells.dc_carry + at.index * H : nullptr;
+    if (at.inside) {
+      const Index row = shape.first_row(t) + b, here = row * H;
+      const bool counts = p >= truncation.block_begin(j), final = counts && !goes_on;
       at.dy = counts && layer.dy ? layer.dy + here : nullptr;
       at.dc = counts && layer.dc ? layer.dc + here : nullptr;
       at.dh_n = final && layer.dh_n ? layer.dh_n + b * H : nullptr;
       at.dc_n = final && layer.dc_n ? layer.dc_n + b * H : nullptr;
-      at.da = da_row(s, row, p, b);
-      at.da_sum = overlapping ? scratch.sums.at(p) + b * GH : nullptr;
-      cells.find_saved(at, p, t, b);
-    } else if (p == -1) {
-      at.place = Row::before_start;
+      at.da = da_row(s, j, t, b);
+      at.da_sum = overlapping ? scratch.sums.at(row) : nullptr;
+      cells.find_saved(at, t, b);
     }
-    return at.arrives ? da_row(s + 1, row, p + 1, b) : scratch.zeros;
+    return at.arrives ? da_row(s + 1, j, t_after, b) : scratch.zeros;
   };
 
   if (overlapping) {
-    const Range all = team.share(layer.shape.T * B * GH);
+    const Range all = team.share(shape.rows() * GH);
     std::fill(scratch.sums.rows + all.begin, scratch.sums.rows + all.end, Real(0));
     team.barrier();
   }
 
-  const Index blocks = ceil_div(part.rows.size(), row_block);
+  const Range windows = B > 0 ? Range{part.rows.begin / B, ceil_div(part.rows.end, B)} : Range{};
   for (Index s = steps.end - 1; s >= steps.begin; --s) {
-    for (Index block = 0; block < blocks; ++block) {
-      const Range rows = share(part.rows.size(), block, blocks);
-      const Index first = part.rows.begin + rows.begin;
+    for_each_block(windows, [&](Index j) { return own_rows_of(s, j); }, [&](Index count, const GroupRow* rows) {
       Row at[row_block];
       const Element* a[row_block];
       Real* sums[row_block];
-      for (Index r = 0; r < rows.size(); ++r) {
-        a[r] = as_elements(find_row(s, first + r, at[r]));
+      for (Index r = 0; r < count; ++r) {
+        a[r] = as_elements(find_row(s, rows[r].group, rows[r].row, at[r]));
         sums[r] = buffer + r * panel_width<Element>;
       }
       for_each_piece(columns, part.unit_vectors, s % 2 == 1, [&](Piece piece) {
         const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
-          for (Index r = 0; r < rows.size(); ++r)
+          for (Index r = 0; r < count; ++r)
             for (Index v = 0; v < piece.vectors; ++v)
               visit(r, sums[r] + v * width, columns.column(piece.panel, piece.first + v));
         };
         for_each_cell([&](Index r, const Real*, Index unit) RNNFAST_LAMBDA {
-          if (at[r].place == Row::inside) cells.prefetch(at[r], unit);
+          if (at[r].inside) cells.prefetch(at[r], unit);
         });
-        if (s + 1 < layer.k2) w_hh.multiply(rows.size(), piece, a, {sums, width, false});
+        if (s + 1 < layer.k2) w_hh.multiply(count, piece, a, {sums, width, false});
         for_each_cell([&](Index r, const Real* sum, Index unit) RNNFAST_LAMBDA {
-          if (at[r].place == Row::inside) {
+          if (at[r].inside) {
             if (H - unit >= width)
               cells(at[r], unit, width, sum);
             else
               cells(at[r], unit, H - unit, sum);
-          } else if (at[r].place == Row::before_start) {
-            const Index to = (first + r) * H + unit, lanes = std::min(width, H - unit);
+          } else {
+            const Index to = at[r].index * H + unit, lanes = std::min(width, H - unit);
             Vec<Real>::load(sum).store(scratch.dh_start + to, lanes);
             if (const Real* dc = at[r].dc_carry)
               Vec<Real>::load(dc + unit, lanes).store(scratch.dc_start + to, lanes);
           }
         });
       });
-    }
+    });
     if (meets && s > steps.begin) team.barrier();
   }
 }
@@ -262,19 +287,16 @@ void round_share(Team& team, Index count, const Real* sums, Storage* to) {
   }
 }
 
-// This thread's part of dx of the steps p in `steps`, and of what they add to dw_ih, dw_hh and db.
+// This thread's part of dx of some rows of all steps, and of what they add to dw_ih, dw_hh and db.
 template <class Storage, class Right>
-void products(Team& team, const LayerBackward<Storage>& layer, const Truncation& truncation, Range steps,
+void products(Team& team, const StepInputs<Storage>& inputs, bool accumulate,
               const BackwardScratch<Storage>& scratch, const Right& w_ih, ElementOf<Storage>* blocks) {
   using Element = ElementOf<Storage>;
-  const StepRing<Storage>& da = scratch.da;
+  const LayerBackward<Storage>& layer = inputs.layer;
   const Index I = layer.shape.I, H = layer.shape.H;
   const Index GH = gate_count(layer.shape.cell) * H;
-  const StepInputs<Storage> inputs{layer, truncation, steps};
-  const Index rows = inputs.rows();
-  const auto da_of = [&](Index k) -> const Storage* {
-    return da.at(inputs.step(k)) + inputs.batch_row(k) * GH;
-  };
+  const Index rows = inputs.rows.size();
+  const auto da_of = [&](Index k) -> const Storage* { return scratch.da.at(inputs.rows.begin + k); };
   if (layer.dx) {
     const Columns<Element>& columns = w_ih.columns;
     // Threads share the longer side.
@@ -284,12 +306,11 @@ void products(Team& team, const LayerBackward<Storage>& layer, const Truncation&
         by_rows ? Range{0, columns.unit_vectors()} : team.share(columns.unit_vectors());
     multiply_rows<Element>(
         own.size(), [&](Index m) { return da_of(own.begin + m); }, w_ih, vectors,
-        [&](Index m) { return layer.dx + inputs.input_row(own.begin + m) * I; });
+        [&](Index m) { return layer.dx + (inputs.rows.begin + own.begin + m) * I; });
   }
   if (!layer.dw_ih && !layer.dw_hh) return;
   const auto x_of = [&](Index k) { return inputs.x(k); };
   const auto h_prev_of = [&](Index k) { return inputs.h_prev(k); };
-  const bool accumulate = steps.end < layer.shape.T;
   weight_gradients<Element>(
       team.share(GH), rows, da_of,
       GradientInput<Element, decltype(x_of)>{layer.dw_ih ? I : 0, x_of, scratch.dw_ih},
@@ -307,13 +328,13 @@ void pack_share(Team& team, const Columns<Element>& columns, Index k_count, cons
       to + panels.begin * elements_in<Element>(k_count) * panel_width<Element>);
 }
 
-// Steps to a chunk: whole blocks of the gradients' terms, two of them where their da stays in cache.
+// The most rows in a chunk of steps: whole blocks of the gradients' terms, two of them where their da stays in cache.
 template <class Storage>
-Index chunk_steps(Index T, Index B, Index GH) {
+Index chunk_rows(const LayerShape& shape, Index GH) {
   constexpr Index terms = GradientBlocks<ElementOf<Storage>>::terms, cache_bytes = Index(8) << 20;
   const Index most = 2 * terms * GH * Index(sizeof(Storage)) <= cache_bytes ? 2 * terms : terms;
-  const Index chunks = std::clamp<Index>(ceil_div(T * B, most), 1, T);
-  return ceil_div(T, chunks);
+  const Index chunks = std::clamp<Index>(ceil_div(shape.rows(), most), 1, shape.T);
+  return std::max(shape.B, ceil_div(shape.T, chunks) * shape.mean_rows());
 }
 
 template <class CellLayer, class Storage>
@@ -322,14 +343,18 @@ void run_backward(const LayerBackward<Storage>& layer) {
   using Real = RealOf<Storage>;
   constexpr bool rounds = !std::is_same_v<Storage, Real>;
   constexpr Index gates = CellLayer::gates;
-  const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
+  const LayerShape& shape = layer.shape;
+  const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, N = shape.rows();
   const Index GH = gates * H;
-  const Truncation truncation{T, layer.k1, layer.k2, layer.shape.reverse};
+  const Truncation truncation{T, layer.k1, layer.k2, shape.reverse};
   const Index window_rows = truncation.blocks() * B;
-  const Index starts = truncation.windows_to_start() * B;
+  // In reverse, packed sequences begin in one window or another.
+  const bool starts_anywhere = shape.offsets && shape.reverse;
+  const Index windows_to_start = starts_anywhere ? truncation.blocks() : truncation.windows_to_start();
+  const Index starts = windows_to_start * B;
   const Columns<Element> hidden{H, 1}, input{I, 1};
   const Plan plan =
-      plan_backward(layer.shape, layer.k1, layer.k2, layer.dx != nullptr, engine<Element>());
+      plan_backward(shape, layer.k1, layer.k2, layer.dx != nullptr, engine<Element>());
   const bool pack = terms_in<Element> > 1 || plan.pack;
 
   // Without packing, only a last panel that is not full.
@@ -341,16 +366,16 @@ void run_backward(const LayerBackward<Storage>& layer) {
   const Index carry_count = gates == 4 ? window_rows * H : 0;
   const bool whole = layer.k1 < T;  // several windows take each step all over the sequence
   const bool overlapping = layer.k2 > layer.k1;
-  const Index chunk = whole ? T : chunk_steps<Storage>(T, B, GH);
-  const Index ring = whole ? T : std::min(2 * chunk, T);
-  const Index da_count = whole ? 0 : ring * B * GH;
+  const Index chunk = whole ? N : std::min(chunk_rows<Storage>(shape, GH), N);
+  const Index ring = std::min(2 * chunk, N);
+  const Index da_count = whole ? 0 : ring * GH;
   const Index dw_ih_count = rounds && layer.dw_ih ? GH * I : 0;
   const Index dw_hh_count = rounds && layer.dw_hh ? GH * H : 0;
   const Index db_count = rounds && layer.db ? GH : 0;
-  GateRecompute<Storage> recompute(layer, truncation);
+  GateRecompute<Storage> recompute(layer);
   // Each da may take the place of its gate, if it is as large and no other window reads the gate.
   const bool own_gates = recompute.needed() && (rounds || overlapping);
-  const Index gates_count = own_gates ? chunk * B * GH : 0;
+  const Index gates_count = own_gates ? chunk * GH : 0;
   const Index buffer_count =
       std::max<Index>(GateRecompute<Storage>::buffer_count, GradientBlocks<Element>::count);
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
@@ -358,7 +383,8 @@ void run_backward(const LayerBackward<Storage>& layer) {
       Workspace::bytes_for<Element>(ih_count) + Workspace::bytes_for<Element>(hh_count) +
       Workspace::bytes_for<Storage>(GH) + 2 * bytes(starts * H) + bytes(carry_count) +
       Workspace::bytes_for<Storage>(da_count) + bytes(gates_count) + recompute.bytes() +
-      bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(db_count) + bytes(buffer_count * plan.threads));
+      bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(db_count) + bytes(buffer_count * plan.threads) +
+      Workspace::bytes_for<const Storage*>(N));
   Element* packed_ih = workspace.take<Element>(ih_count);
   Element* packed_hh = workspace.take<Element>(hh_count);
   BackwardScratch<Storage> scratch{};
@@ -366,11 +392,12 @@ void run_backward(const LayerBackward<Storage>& layer) {
   scratch.dh_start = workspace.take<Real>(starts * H);
   scratch.dc_start = workspace.take<Real>(starts * H);
   Real* dc_carry = workspace.take<Real>(carry_count);
-  scratch.da = {whole ? layer.da : workspace.take<Storage>(da_count), ring, B * GH};
-  scratch.gates = {workspace.take<Real>(gates_count), chunk, B * GH};
+  scratch.da = {whole ? layer.da : workspace.take<Storage>(da_count), ring, GH};
+  scratch.gates = {workspace.take<Real>(gates_count), chunk, GH};
+  scratch.previous = workspace.take<const Storage*>(N);
   recompute.take(workspace);
   if constexpr (rounds) {
-    scratch.sums = {layer.da_sums, T, B * GH};
+    scratch.sums = {layer.da_sums, N, GH};
     scratch.dw_ih = workspace.take<Real>(dw_ih_count);
     scratch.dw_hh = workspace.take<Real>(dw_hh_count);
     scratch.db = layer.db ? workspace.take<Real>(db_count) : nullptr;
@@ -383,32 +410,41 @@ void run_backward(const LayerBackward<Storage>& layer) {
   }
   Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
   std::fill(scratch.zeros, scratch.zeros + GH, Storage{});
+  find_previous(shape, layer.y, layer.h0, scratch.previous);
+  if (starts_anywhere) {
+    std::fill(scratch.dh_start, scratch.dh_start + starts * H, Real(0));
+    std::fill(scratch.dc_start, scratch.dc_start + starts * H, Real(0));
+  }
 
   const auto run = [&](Team& team, const auto& w_ih, const auto& w_hh) {
     Real* buffer = buffers + team.rank * buffer_count;
     const CellLayer cells{layer, gates == 4 ? dc_carry : nullptr, scratch.gates};
+    const Part part = part_of(team, plan, layer, truncation, hidden.unit_vectors());
+    const bool meets = plan.split == Split::units || overlapping;
     for (Index end = T; end > 0;) {
-      const Index begin = std::max<Index>(end - chunk, 0);
+      const Index begin =
+          end - steps_within(chunk, end, [&](Index n) { return shape.rows_at(shape.time(end - 1 - n)); });
+      const StepInputs<Storage> inputs{layer, scratch.previous, rows_of_steps(shape, {begin, end})};
       // At the start one step further: the last product is the gradient of the initial state.
       const Range steps{begin == 0 ? -1 : begin, whole ? layer.k2 : end};
       if (recompute.needed()) {
-        recompute.run(team, {begin, end}, scratch.gates, buffer);
+        recompute.run(team, inputs, scratch.gates, buffer);
         team.barrier();
       }
-      recur_back(team, plan, layer, truncation, cells, w_hh, steps, scratch, buffer);
+      recur_back(team, part, meets, layer, truncation, cells, w_hh, steps, scratch, buffer);
       // Everybody's da is there; and nobody reads the chunk before, whose place the next one takes.
       team.barrier();
       if (rounds && overlapping) {
-        round_share(team, T * B * GH, scratch.sums.rows, layer.da);
+        round_share(team, N * GH, scratch.sums.rows, layer.da);
         team.barrier();
       }
-      products(team, layer, truncation, {begin, end}, scratch, w_ih, reinterpret_cast<Element*>(buffer));
+      products(team, inputs, end < T, scratch, w_ih, reinterpret_cast<Element*>(buffer));
       end = begin;
     }
     if (layer.dh0)
-      add_starts(team, truncation.windows_to_start(), B * H, scratch.dh_start, layer.dh0);
+      add_starts(team, windows_to_start, B * H, scratch.dh_start, layer.dh0);
     if (layer.dc0)
-      add_starts(team, truncation.windows_to_start(), B * H, scratch.dc_start, layer.dc0);
+      add_starts(team, windows_to_start, B * H, scratch.dc_start, layer.dc0);
     if (rounds) {
       team.barrier();
       round_share(team, GH * I, scratch.dw_ih, layer.dw_ih);

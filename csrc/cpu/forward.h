@@ -14,6 +14,7 @@
 #include "fingerprint.h"
 #include "packs.h"
 #include "plan.h"
+#include "steps.h"
 #include "unpacked.h"
 #include "vmath.h"
 #include "workspace.h"
@@ -37,6 +38,27 @@ inline Part part_of(const Team& team, const Plan& plan, Index rows, Index unit_v
   return {{0, rows}, team.share(unit_vectors)};
 }
 
+// The same where rows differ in the steps they run for: work_of(n) is that of the first n rows.
+template <class WorkOf>
+Part part_of(const Team& team, const Plan& plan, Index rows, Index unit_vectors, WorkOf&& work_of) {
+  Part part = part_of(team, plan, rows, unit_vectors);
+  if (plan.split == Split::units) return part;
+  const Index work = work_of(rows);
+  const auto border = [&](Index rank) {
+    Index low = 0, high = rows;  // the most rows with no more than their share
+    while (low < high) {
+      const Index middle = high - (high - low) / 2;
+      if (work_of(middle) * team.size <= work * rank)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    return low;
+  };
+  part.rows = {border(team.rank), team.rank + 1 < team.size ? border(team.rank + 1) : rows};
+  return part;
+}
+
 // Adds up the biases; absent ones are zero.
 template <class Storage>
 void add_biases(Index count, const Storage* b_ih, const Storage* b_hh, RealOf<Storage>* sum) {
@@ -45,15 +67,9 @@ void add_biases(Index count, const Storage* b_ih, const Storage* b_hh, RealOf<St
     sum[n] = (b_ih ? load(b_ih + n) : Real(0)) + (b_hh ? load(b_hh + n) : Real(0));
 }
 
-// Where a step stands: t, and in processing order p; the chunk's first step has in_chunk 0.
-struct Step {
-  Index p, t, t_prev;
-  Index in_chunk;
-};
-
-// The sums of a chunk of steps: row m is batch row m % B of step m / B of the chunk. They lie as the weights'
-// panels do, row by row within a panel: tiles add the recurrence's part to the projection's where it stands,
-// and a cell finds its gates side by side.
+// The sums of a chunk of steps: of all its rows, or of a thread's own. They lie as the weights' panels do, row by row
+// within a panel: tiles add the recurrence's part to the projection's where it stands, and a cell finds its gates side
+// by side.
 template <class Element>
 struct ChunkSums {
   using Real = SumOf<Element>;
@@ -66,6 +82,25 @@ struct ChunkSums {
   }
   static Index size(const Columns<Element>& columns, Index rows) {
     return columns.panels() * panel_size(rows);
+  }
+  // The most rows of a part of `rows` rows in each step that a chunk has room for.
+  static Index rows_for(const Plan& plan, const LayerShape& shape, Index rows) {
+    const Index mean = shape.mean_rows();
+    return std::max(rows, plan.chunk * (plan.split == Split::rows ? ceil_div(mean, plan.threads) : mean));
+  }
+  // Those of all threads together.
+  static Index size(const Columns<Element>& columns, const Plan& plan, const LayerShape& shape) {
+    if (plan.split == Split::units) return size(columns, rows_for(plan, shape, shape.B));
+    return plan.threads * size(columns, rows_for(plan, shape, 0)) + columns.panels() * panel_width<Element> * shape.B;
+  }
+  // This thread's, who own rows or share all of them.
+  static ChunkSums of(const Columns<Element>& columns, const Team& team, const Plan& plan, const LayerShape& shape,
+                      Range rows, Real* sums) {
+    const Index most = rows_for(plan, shape, rows.size());
+    if (plan.split == Split::units) return {sums, most};
+    const Index before =
+        team.rank * size(columns, rows_for(plan, shape, 0)) + columns.panels() * panel_width<Element> * rows.begin;
+    return {sums + before, most};
   }
   Real* row(Piece piece, Index m) const {
     return first + piece.panel * panel_size(rows) + m * panel_width<Element> +
@@ -116,14 +151,18 @@ struct LstmCells {
   using Real = RealOf<Storage>;
   Index H;
   const Real* bias;
-  const Real* c_prev;  // (B, H)
-  Real* c;             // (B, H)
-  Storage* h;          // (B, H)
-  Real* gates;         // (B, 4, H); null: not kept
+  Index carried;       // rows that come from the step before; the others begin
+  const Real* c_prev;  // (carried, H)
+  const Real* c0;      // (B, H)
+  Real* c;             // (rows, H)
+  Storage* h;          // (rows, H)
+  Real* gates;         // (rows, 4, H); null: not kept
+
+  RNNFAST_INLINE const Real* c_before(Index b) const { return b < carried ? c_prev : c0; }
 
   RNNFAST_INLINE void prefetch(Index b, Index unit) const {
     const Index at = b * H + unit;
-    prefetch_vector(c_prev + at);
+    prefetch_vector(c_before(b) + at);
     prefetch_vector(c + at);
     prefetch_vector(h + at);
     if (!gates) return;
@@ -138,7 +177,7 @@ struct LstmCells {
     };
     LstmGates<V> gate{preactivation(0), preactivation(1), preactivation(2), preactivation(3)};
     V c_new, h_new;
-    lstm_forward(gate, V::load(c_prev + at, lanes), c_new, h_new);
+    lstm_forward(gate, V::load(c_before(b) + at, lanes), c_new, h_new);
     if (gates) {
       Real* kept = gates + b * 4 * H + unit;
       gate.i.store(kept, lanes);
@@ -156,7 +195,7 @@ struct RnnCells {
   using Real = RealOf<Storage>;
   Index H;
   const Real* bias;
-  Storage* h;  // (B, H)
+  Storage* h;  // (rows, H)
 
   RNNFAST_INLINE void prefetch(Index b, Index unit) const { prefetch_vector(h + b * H + unit); }
 
@@ -175,11 +214,15 @@ struct LstmForward {
   const LayerForward<Storage>& layer;
   const Real* bias;
 
-  LstmCells<Storage> cells(Step at) const {
-    const Index H = layer.shape.H, step = layer.shape.B * H;
-    const Real* c_prev = at.p == 0 ? layer.c0 : layer.c ? layer.c + at.t_prev * step : layer.c_n;
-    Real* c = layer.c ? layer.c + at.t * step : layer.c_n;
-    return {H, bias, c_prev, c, layer.y + at.t * step, layer.gates ? layer.gates + at.t * 4 * step : nullptr};
+  // Of step t, to which `carried` rows come from the step before it.
+  LstmCells<Storage> cells(Index t, Index carried) const {
+    const LayerShape& shape = layer.shape;
+    const Index H = shape.H, first = shape.first_row(t) * H;
+    const Index first_before = carried > 0 ? shape.first_row(shape.before(t)) * H : 0;
+    Real* c_prev = layer.c ? layer.c + first_before : layer.c_n;
+    Real* c = layer.c ? layer.c + first : layer.c_n;
+    Real* gates = layer.gates ? layer.gates + 4 * first : nullptr;
+    return {H, bias, carried, c_prev, layer.c0, c, layer.y + first, gates};
   }
 };
 
@@ -190,67 +233,77 @@ struct RnnForward {
   const LayerForward<Storage>& layer;
   const Real* bias;
 
-  RnnCells<Storage, Nonlinearity> cells(Step at) const {
-    return {layer.shape.H, bias, layer.y + at.t * layer.shape.B * layer.shape.H};
+  RnnCells<Storage, Nonlinearity> cells(Index t, Index) const {
+    return {layer.shape.H, bias, layer.y + layer.shape.first_row(t) * layer.shape.H};
   }
 };
+
+template <class Storage>
+Part part_of(const Team& team, const Plan& plan, const LayerForward<Storage>& layer, Index unit_vectors) {
+  const LayerShape& shape = layer.shape;
+  if (!shape.offsets) return part_of(team, plan, shape.B, unit_vectors);
+  return part_of(team, plan, shape.B, unit_vectors, [&](Index rows) {
+    Index work = 0;
+    for (Index t = 0; t < shape.T; ++t) work += std::min(rows, shape.rows_at(t));
+    return work;
+  });
+}
 
 // One thread's part of the whole layer; Input and Hidden are how the weights are laid out.
 template <class Storage, class CellLayer, class Input, class Hidden>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& layer,
                   const CellLayer& cell_layer, const Input& w_ih, const Hidden& w_hh,
-                  const ChunkSums<ElementOf<Storage>>& chunk, RealOf<Storage>* dense_sums) {
+                  RealOf<Storage>* chunk_sums, RealOf<Storage>* dense_sums) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
   constexpr Index width = Vec<Real>::width;
   constexpr Index gates = CellLayer::gates;
-  const Index T = layer.shape.T, B = layer.shape.B, I = layer.shape.I, H = layer.shape.H;
+  const LayerShape& shape = layer.shape;
+  const Index T = shape.T, I = shape.I, H = shape.H;
   const Columns<Element>& columns = w_hh.columns;
   const DenseSums<Element> dense{w_ih.columns, H, dense_sums};
-  const Part part = part_of(team, plan, B, columns.unit_vectors());
-  const Index rows = part.rows.size();
-  const Index blocks = ceil_div(rows, row_block);
-  for (Index begin = 0; begin < T; begin += plan.chunk) {
-    const Index end = std::min(begin + plan.chunk, T);
-    const auto step = [&](Index p) {
-      return layer.shape.reverse ? Step{p, T - 1 - p, T - p, p - begin}
-                                 : Step{p, p, p - 1, p - begin};
-    };
+  const Part part = part_of(team, plan, layer, columns.unit_vectors());
+  const auto chunk = ChunkSums<Element>::of(columns, team, plan, shape, part.rows, chunk_sums);
+  const auto own_rows = [&](Index t) { return overlap({0, shape.rows_at(t)}, part.rows); };
+  for (Index begin = 0; begin < T;) {
+    const Index end = begin + steps_within(chunk.rows, T - begin,
+                                           [&](Index n) { return own_rows(shape.time(begin + n)).size(); });
+    Index m = 0;  // rows of the chunk
     // The projection: rows of all steps of the chunk.
-    const Index chunk_rows = rows * (end - begin), chunk_blocks = ceil_div(chunk_rows, row_block);
-    for (Index block = 0; block < chunk_blocks; ++block) {
-      const Range own = share(chunk_rows, block, chunk_blocks);
+    for_each_block({begin, end}, [&](Index p) { return own_rows(shape.time(p)); },
+                   [&](Index count, const GroupRow* rows) {
       const Element* in[row_block];
-      Index m[row_block];
-      for (Index r = 0; r < own.size(); ++r) {
-        const Index s = (own.begin + r) / rows, b = part.rows.begin + (own.begin + r) % rows;
-        in[r] = as_elements(layer.x + (step(begin + s).t * B + b) * I);
-        m[r] = s * B + b;
-      }
+      for (Index r = 0; r < count; ++r)
+        in[r] = as_elements(layer.x + (shape.first_row(shape.time(rows[r].group)) + rows[r].row) * I);
       const Range vectors = plan.dense ? Range{0, w_ih.columns.unit_vectors()} : part.unit_vectors;
       for_each_piece(w_ih.columns, vectors, false, [&](Piece piece) {
         Real* sums[row_block];
-        for (Index r = 0; r < own.size(); ++r)
-          sums[r] = plan.dense ? dense.row(piece, r) : chunk.row(piece, m[r]);
-        w_ih.multiply(own.size(), piece, in, {sums, width, false});
+        for (Index r = 0; r < count; ++r)
+          sums[r] = plan.dense ? dense.row(piece, r) : chunk.row(piece, m + r);
+        w_ih.multiply(count, piece, in, {sums, width, false});
       });
       if (plan.dense)
-        for (Index r = 0; r < own.size(); ++r) dense.spread(r, columns, chunk, m[r]);
-    }
+        for (Index r = 0; r < count; ++r) dense.spread(r, columns, chunk, m + r);
+      m += count;
+    });
 
+    m = 0;
     for (Index p = begin; p < end; ++p) {
-      const Step at = step(p);
-      const auto cells = cell_layer.cells(at);
-      const Storage* previous = p == 0 ? layer.h0 : layer.y + at.t_prev * B * H;
+      const Index t = shape.time(p), t_prev = shape.before(t);
+      const Index carried = std::min(shape.rows_at(t_prev), shape.rows_at(t));
+      const auto cells = cell_layer.cells(t, carried);
+      const Storage* previous = carried > 0 ? layer.y + shape.first_row(t_prev) * H : nullptr;
+      const Range rows = own_rows(t);
+      const Index blocks = ceil_div(rows.size(), row_block);
       for (Index block = 0; block < blocks; ++block) {
-        const Range own = share(rows, block, blocks);
-        const Index first = part.rows.begin + own.begin;
+        const Range own = share(rows.size(), block, blocks);
+        const Index first = rows.begin + own.begin;
         const Element* a[row_block];
-        for (Index r = 0; r < own.size(); ++r) a[r] = as_elements(previous + (first + r) * H);
+        for (Index r = 0; r < own.size(); ++r)
+          a[r] = as_elements((first + r < carried ? previous : layer.h0) + (first + r) * H);
         for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](Piece piece) {
           Real* sums[row_block];
-          for (Index r = 0; r < own.size(); ++r)
-            sums[r] = chunk.row(piece, at.in_chunk * B + first + r);
+          for (Index r = 0; r < own.size(); ++r) sums[r] = chunk.row(piece, m + own.begin + r);
           const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
             for (Index v = 0; v < piece.vectors; v += gates) {
               const Index unit = columns.unit_vector(piece.panel, piece.first + v) * width;
@@ -269,17 +322,21 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
           });
         });
       }
+      m += rows.size();
       if (plan.split == Split::units && p + 1 < T) team.barrier();
     }
+    begin = end;
   }
-  // The last step's states, as far as this thread made them.
-  const Index last = layer.shape.reverse ? 0 : T - 1;
+  // Each sequence's last states, as far as this thread made them.
   const Index unit = part.unit_vectors.begin * width;
   const Index units = std::min(part.unit_vectors.end * width, H) - unit;
-  for (Index b = part.rows.begin; b < part.rows.end; ++b) {
-    const Index from = (last * B + b) * H + unit, to = b * H + unit;
-    if (layer.h_n) std::copy_n(layer.y + from, units, layer.h_n + to);
-    if (layer.c) std::copy_n(layer.c + from, units, layer.c_n + to);
+  for (Index t = 0; t < T; ++t) {
+    const Range ended = overlap({shape.rows_at(shape.after(t)), shape.rows_at(t)}, part.rows);
+    for (Index b = ended.begin; b < ended.end; ++b) {
+      const Index from = (shape.first_row(t) + b) * H + unit, to = b * H + unit;
+      if (layer.h_n) std::copy_n(layer.y + from, units, layer.h_n + to);
+      if (layer.c) std::copy_n(layer.c + from, units, layer.c_n + to);
+    }
   }
 }
 
@@ -295,8 +352,7 @@ void run_forward(const LayerForward<Storage>& layer) {
   const Columns<Element> ih_columns = plan.dense ? Columns<Element>{columns.count(), 1} : columns;
   const Index ih_count = plan.pack ? Packed<Element>::size(ih_columns, shape.I) : 0;
   const Index hh_count = plan.pack ? Packed<Element, Weight>::size(columns, shape.H) : 0;
-  const Index chunk_rows = plan.chunk * shape.B;
-  const Index chunk_count = ChunkSums<Element>::size(columns, chunk_rows);
+  const Index chunk_count = ChunkSums<Element>::size(columns, plan, shape);
   const Index dense_count = plan.dense ? DenseSums<Element>::size(ih_columns) : 0;  // of a thread
 
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
@@ -314,13 +370,13 @@ void run_forward(const LayerForward<Storage>& layer) {
   auto* packed_ih = reinterpret_cast<Element*>(packed);
   auto* packed_hh = reinterpret_cast<Weight*>(packed + element_bytes(ih_count));
   Real* bias = workspace.take<Real>(columns.count());
-  const ChunkSums<Element> chunk{workspace.take<Real>(chunk_count), chunk_rows};
+  Real* chunk_sums = workspace.take<Real>(chunk_count);
   Real* dense_sums = workspace.take<Real>(dense_count * plan.threads);
   add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
 
   auto body = [&](Team& team) {
     const auto part = [&](const auto& w_ih, const auto& w_hh) {
-      forward_part(team, plan, layer, CellLayer{layer, bias}, w_ih, w_hh, chunk,
+      forward_part(team, plan, layer, CellLayer{layer, bias}, w_ih, w_hh, chunk_sums,
                    dense_sums + team.rank * dense_count);
     };
     if (!plan.pack)

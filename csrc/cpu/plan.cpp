@@ -72,7 +72,7 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
 Plan plan_forward(const LayerShape& shape, const Engine& engine) {
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
   Plan plan = plan_recurrence(
-      {shape.T, shape.B, shape.H, gate_count(shape.cell), lanes(shape.H), lanes(shape.I)}, engine,
+      {shape.T, shape.mean_rows(), shape.H, gate_count(shape.cell), lanes(shape.H), lanes(shape.I)}, engine,
       shape.threads);
   plan.dense = plan.pack && plan.split == Split::rows && dense_pays(shape, lanes(shape.I), engine);
   return plan;
@@ -84,7 +84,7 @@ Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, co
   const Index windows = ceil_div(shape.T, k1);
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
   return plan_recurrence(
-      {k2, windows * shape.B, shape.H, 1, lanes(gates * shape.H), lanes(product_terms)}, engine,
+      {k2, windows * shape.mean_rows(), shape.H, 1, lanes(gates * shape.H), lanes(product_terms)}, engine,
       shape.threads);
 }
 

@@ -16,9 +16,8 @@ class GateRecompute {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
 
-  GateRecompute(const LayerBackward<Storage>& layer, const Truncation& truncation)
+  explicit GateRecompute(const LayerBackward<Storage>& layer)
       : layer_(layer),
-        truncation_(truncation),
         needed_(layer.shape.cell == Cell::lstm && !layer.gates),
         pack_(needed_ && plan_forward(layer.shape, engine<Element>()).pack) {}
 
@@ -49,13 +48,13 @@ class GateRecompute {
     pack_columns(columns, panels, layer_.shape.H, layer_.w_hh, packed_hh_);
   }
 
-  // This thread's part of the gates of the steps p in `steps`.
-  void run(Team& team, Range steps, const StepRing<Real>& gates, Real* buffer) const {
+  // This thread's part of the gates of some rows of all steps.
+  void run(Team& team, const StepInputs<Storage>& inputs, const RowRing<Real>& gates, Real* buffer) const {
     const Index I = layer_.shape.I, H = layer_.shape.H;
     if (pack_)
-      return multiply(team, steps, Packed<Element>{columns(), I, packed_ih_},
+      return multiply(team, inputs, Packed<Element>{columns(), I, packed_ih_},
                       Packed<Element>{columns(), H, packed_hh_}, gates, buffer);
-    multiply(team, steps, UnpackedColumns<Element>{columns(), I, layer_.w_ih},
+    multiply(team, inputs, UnpackedColumns<Element>{columns(), I, layer_.w_ih},
              UnpackedColumns<Element>{columns(), H, layer_.w_hh}, gates, buffer);
   }
 
@@ -66,14 +65,14 @@ class GateRecompute {
   Index bias_count() const { return needed_ ? columns().count() : 0; }
 
   template <class Right>
-  void multiply(Team& team, Range steps, const Right& w_ih, const Right& w_hh, const StepRing<Real>& gates,
-                Real* buffer) const {
+  void multiply(Team& team, const StepInputs<Storage>& inputs, const Right& w_ih, const Right& w_hh,
+                const RowRing<Real>& gates, Real* buffer) const {
     constexpr Index width = Vec<Real>::width;
     const Index H = layer_.shape.H;
-    const StepInputs<Storage> inputs{layer_, truncation_, steps};
+    const Index rows = inputs.rows.size();
     // Threads share the longer side.
-    const bool by_rows = inputs.rows() >= row_block * team.size || inputs.rows() >= columns().count();
-    const Range part = by_rows ? team.share(inputs.rows()) : Range{0, inputs.rows()};
+    const bool by_rows = rows >= row_block * team.size || rows >= columns().count();
+    const Range part = by_rows ? team.share(rows) : Range{0, rows};
     const Range all_vectors{0, columns().unit_vectors()};
     const Range vectors = by_rows ? all_vectors : team.share(all_vectors.end);
 
@@ -87,7 +86,7 @@ class GateRecompute {
         x[r] = as_elements(inputs.x(k));
         h[r] = as_elements(inputs.h_prev(k));
         sums[r] = buffer + r * panel_width<Element>;
-        row[r] = gates.at(inputs.step(k)) + inputs.batch_row(k) * 4 * H;
+        row[r] = gates.at(inputs.rows.begin + k);
       }
       for_each_piece(columns(), vectors, false, [&](Piece piece) {
         w_ih.multiply(own.size(), piece, x, {sums, width, false});
@@ -115,7 +114,6 @@ class GateRecompute {
   }
 
   const LayerBackward<Storage>& layer_;
-  const Truncation& truncation_;
   const bool needed_, pack_;
   Element *packed_ih_ = nullptr, *packed_hh_ = nullptr;
   Real* bias_ = nullptr;

@@ -1,40 +1,87 @@
-// The rows of several steps as one matrix, as the products over all steps of a backward pass take them.
+// The rows of steps: in blocks, in chunks, and as one matrix.
+//
+// Of a step's rows those of running sequences exist, the first rows_at(t) of the batch, and they lie behind those
+// of the step before it. So the rows of neighbouring steps are a matrix without gaps, whatever ends when.
 #pragma once
 
-#include "../truncation.h"
-#include "team.h"
+#include "panels.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// An array of some steps p: of all, or of those in work, whose places the next ones take.
-template <class Element>
-struct StepRing {
-  Element* rows;
-  Index steps, step_size;
-
-  Element* at(Index p) const { return rows + p % steps * step_size; }
+// Row `row` of a group of rows: of a step, or of a window of the truncation.
+struct GroupRow {
+  Index group, row;
 };
 
-// What the weights were multiplied with at the steps p in `steps`: row k is batch row k % B of step
-// steps.begin + k / B.
+// Calls body(count, rows) for all rows in range_of(group) of the groups, in order, in blocks that are about as large
+// as one another and no larger than passes over the weights together.
+template <class RangeOf, class Body>
+RNNFAST_INLINE void for_each_block(Range groups, RangeOf&& range_of, Body&& body) {
+  Index count = 0;
+  for (Index group = groups.begin; group < groups.end; ++group) count += range_of(group).size();
+  const Index blocks = ceil_div(count, row_block);
+  Index group = groups.begin;
+  Range own = count > 0 ? range_of(group) : Range{};
+  for (Index block = 0; block < blocks; ++block) {
+    GroupRow rows[row_block];
+    const Index size = share(count, block, blocks).size();
+    for (Index r = 0; r < size; ++r) {
+      while (own.begin == own.end) own = range_of(++group);
+      rows[r] = {group, own.begin++};
+    }
+    body(size, rows);
+  }
+}
+
+// Those of `range` that are in `other`.
+inline Range overlap(Range range, Range other) {
+  const Index begin = std::max(range.begin, other.begin);
+  return {begin, std::max(begin, std::min(range.end, other.end))};
+}
+
+// How many steps make a chunk of at most `most_rows`, one step at least: of `most_steps` with rows_at(0),
+// rows_at(1), ... rows.
+template <class RowsAt>
+Index steps_within(Index most_rows, Index most_steps, RowsAt&& rows_at) {
+  Index steps = 1, rows = rows_at(0);
+  while (steps < most_steps && (rows += rows_at(steps)) <= most_rows) ++steps;
+  return steps;
+}
+
+// Where the rows of steps p stand among those of all steps.
+inline Range rows_of_steps(const LayerShape& shape, Range steps) {
+  const Index one = shape.time(steps.begin), other = shape.time(steps.end - 1);
+  return {shape.first_row(std::min(one, other)), shape.first_row(std::max(one, other) + 1)};
+}
+
+// An array of some rows: of all, or of the steps in work, whose places later ones take.
+template <class Element>
+struct RowRing {
+  Element* rows;
+  Index count, row_size;
+
+  Element* at(Index row) const { return rows + row % count * row_size; }
+};
+
+// The h that each row of all steps was computed from: to[row], a row of y or of h0.
+template <class Storage>
+void find_previous(const LayerShape& shape, const Storage* y, const Storage* h0, const Storage** to) {
+  for (Index t = 0; t < shape.T; ++t) {
+    const Index t_prev = shape.before(t), carried = std::min(shape.rows_at(t_prev), shape.rows_at(t));
+    const Storage* previous = carried > 0 ? y + shape.first_row(t_prev) * shape.H : nullptr;
+    for (Index b = 0; b < shape.rows_at(t); ++b) *to++ = (b < carried ? previous : h0) + b * shape.H;
+  }
+}
+
+// What the weights were multiplied with in some rows.
 template <class Storage>
 struct StepInputs {
   const LayerBackward<Storage>& layer;
-  const Truncation& truncation;
-  Range steps;
+  const Storage* const* previous;  // as find_previous() gives it
+  Range rows;
 
-  Index rows() const { return steps.size() * layer.shape.B; }
-  Index step(Index k) const { return steps.begin + k / layer.shape.B; }
-  Index batch_row(Index k) const { return k % layer.shape.B; }
-  // Where row k stands among the rows of all steps.
-  Index input_row(Index k) const { return truncation.time(step(k)) * layer.shape.B + batch_row(k); }
-
-  const Storage* x(Index k) const { return layer.x + input_row(k) * layer.shape.I; }
-  const Storage* h_prev(Index k) const {
-    const Index p = step(k), B = layer.shape.B, H = layer.shape.H;
-    return p == 0 ? layer.h0 + batch_row(k) * H
-                  : layer.y + (truncation.time(p - 1) * B + batch_row(k)) * H;
-  }
+  const Storage* x(Index k) const { return layer.x + (rows.begin + k) * layer.shape.I; }
+  const Storage* h_prev(Index k) const { return previous[rows.begin + k]; }
 };
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

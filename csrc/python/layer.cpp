@@ -9,10 +9,12 @@
 #include <stdexcept>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "../check.h"
 #include "../cpu/kernels.h"
 #include "names.h"
+#include "offsets.h"
 #include "tensor.h"
 
 namespace rnnfast::python {
@@ -45,7 +47,8 @@ struct Results {
 };
 
 Results allocate(const Layer& layer) {
-  const auto [cell, T, B, I, H, reverse, threads] = layer.shape;
+  const auto& [cell, T, B, I, H, reverse, threads, offsets] = layer.shape;
+  const Index N = layer.shape.rows();
   const Tensor& like = layer.x;
   Shape y_shape = layer.x.array.shape;
   y_shape.size[y_shape.axes - 1] = H;
@@ -54,8 +57,9 @@ Results allocate(const Layer& layer) {
   if (layer.wants_h_n) results.h_n = new_empty(like, layer.number(), layer.state_shape);
   if (layer.is_lstm()) {
     results.c_n = new_empty(like, layer.cell_number(), layer.state_shape);
-    if (layer.keep != Keep::nothing) results.c = new_empty(like, layer.cell_number(), {T, B, H});
-    if (layer.keep == Keep::all) results.gates = new_empty(like, layer.cell_number(), {T, B, 4, H});
+    if (layer.keep != Keep::nothing) results.c = new_empty(like, layer.cell_number(), offsets ? Shape{N, H} : Shape{T, B, H});
+    if (layer.keep == Keep::all)
+      results.gates = new_empty(like, layer.cell_number(), offsets ? Shape{N, 4, H} : Shape{T, B, 4, H});
   }
   return results;
 }
@@ -232,7 +236,7 @@ std::array<Index, 4> sizes_of(PyObject* tuple) {
 
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return translated([&]() -> py::object {
-    expect_count(count, 12);
+    expect_count(count, 13);
     const auto tensor = [&](int index) -> Tensor {
       if (arguments[index] == Py_None) return {};
       return known(py::reinterpret_borrow<py::object>(arguments[index]));
@@ -240,6 +244,8 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Layer layer;
     const auto [T, B, I, H] = sizes_of(arguments[1]);
     layer.shape = {cell_named(text(arguments[0])), T, B, I, H, is_true(arguments[2]), 1};
+    const std::vector<Index> offsets = offsets_of(py::handle(arguments[12]).cast<std::uintptr_t>(), T);
+    if (!offsets.empty()) layer.shape.offsets = offsets.data();
     layer.keep = keep_named(text(arguments[3]));
     layer.x = tensor(4);
     layer.h0 = tensor(5), layer.c0 = tensor(6);
@@ -260,7 +266,7 @@ py::object results_of(Way way, bool batch_first, bool recording, Layer& layer) {
       layer.h0 = new_zeros(layer.x, layer.state_shape);
       if (layer.is_lstm()) layer.c0 = converted(layer.h0, layer.cell_number());
     }
-    const auto [cell, T, B, I, H, reverse, threads] = layer.shape;
+    const auto& [cell, T, B, I, H, reverse, threads, offsets] = layer.shape;
     return py::make_tuple(py::none(), py::make_tuple(T, B, I, H), layer.h0.object, object_of(layer.c0));
   }
   Results results = run(layer);

@@ -37,7 +37,18 @@ struct Case {
   bool reverse = false;
   Index k1 = 0, k2 = 0;  // 0: not truncated
   bool lean = false;     // everything that may be absent is
+  std::vector<Index> lengths = {};  // of packed sequences; none: all have T steps
 
+  // The first row of each step, and how many there are.
+  std::vector<Index> offsets() const {
+    std::vector<Index> first{0};
+    for (Index t = 0; t < T; ++t) {
+      first.push_back(first.back() + (lengths.empty() ? B : 0));
+      for (const Index length : lengths) first.back() += t < length;
+    }
+    return first;
+  }
+  Index rows() const { return offsets().back(); }
   Index gate_rows() const { return rnnfast::gate_count(cell) * H; }
   bool lstm() const { return cell == Cell::lstm; }
   Index block() const { return k1 ? k1 : T; }
@@ -48,6 +59,7 @@ struct Case {
     for (Index size : {T, B, I, H}) text += " " + std::to_string(size);
     if (reverse) text += " reverse";
     if (k1) text += " k " + std::to_string(k1) + " " + std::to_string(k2);
+    for (std::size_t b = 0; b < lengths.size(); ++b) text += (b ? "," : " packed ") + std::to_string(lengths[b]);
     return lean ? text + " lean" : text;
   }
 };
@@ -62,22 +74,22 @@ struct Problem {
   plain::Gradients gradients;
 
   explicit Problem(const Case& shape) : shape(shape) {
-    const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows();
+    const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows(), N = shape.rows();
     const Index state = shape.lstm() ? B * H : 0;
-    plain::Layer layer{shape.cell, T, B, I, H, shape.reverse, {}, {}, {}, {}, {}, {}, {}};
+    plain::Layer layer{shape.cell, T, B, I, H, shape.reverse, {}, {}, {}, {}, {}, {}, {}, shape.lengths};
     plain::Cotangents up;
     const double bound = 1 / std::sqrt(double(H));
-    fill(x, layer.x, T * B * I, std::sqrt(3.0 * double(H) / double(std::max<Index>(I, 1))));
+    fill(x, layer.x, N * I, std::sqrt(3.0 * double(H) / double(std::max<Index>(I, 1))));
     fill(w_ih, layer.w_ih, GH * I, bound);
     fill(w_hh, layer.w_hh, GH * H, bound);
     fill(b_ih, layer.b_ih, GH, shape.lean ? 0 : 1);
     fill(b_hh, layer.b_hh, GH, shape.lean ? 0 : 1);
     fill(h0, layer.h0, B * H, 1);
     fill(c0, layer.c0, state, 2);
-    fill(dy, up.dy, T * B * H, 2);
+    fill(dy, up.dy, N * H, 2);
     fill(dh_n, up.dh_n, B * H, shape.lean ? 0 : 2);
     fill(dc_n, up.dc_n, state, shape.lean ? 0 : 2);
-    fill(dc, up.dc, T * state, shape.lean ? 0 : 2);
+    fill(dc, up.dc, shape.lstm() ? N * H : 0, shape.lean ? 0 : 2);
     outputs = plain::forward(layer);
     gradients = plain::backward(layer, outputs, up, shape.block(), shape.window());
   }
@@ -102,20 +114,22 @@ struct Results {
 template <class Real>
 Results<Real> run(const Problem<Real>& problem, int threads) {
   const Case& shape = problem.shape;
-  const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows();
-  const Index state = shape.lstm() ? B * H : 0;
+  const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows(), N = shape.rows();
+  const Index state = shape.lstm() ? B * H : 0, states = shape.lstm() ? N * H : 0;
+  const std::vector<Index> offsets = shape.offsets();
   const bool lean = shape.lean;
   const auto optional = [&](const Array<Real>& array) { return lean ? nullptr : array.data(); };
   const auto lstm_only = [&](auto& array) { return shape.lstm() ? array.data() : nullptr; };
 
   Results<Real> out;
-  for (Array<Real>* array : {&out.y, &out.y_lean}) *array = Array<Real>(T * B * H);
+  for (Array<Real>* array : {&out.y, &out.y_lean}) *array = Array<Real>(N * H);
   out.h_n = Array<Real>(B * H);
   out.c_n = Array<Real>(state);
-  out.c = Array<Real>(T * state);
-  out.gates = Array<Real>(4 * T * state);
+  out.c = Array<Real>(states);
+  out.gates = Array<Real>(4 * states);
   rnnfast::LayerForward<Real> forward{};
   forward.shape = {shape.cell, T, B, I, H, shape.reverse, threads};
+  if (!shape.lengths.empty()) forward.shape.offsets = offsets.data();
   forward.x = problem.x.data();
   forward.w_ih = problem.w_ih.data();
   forward.w_hh = problem.w_hh.data();
@@ -136,13 +150,13 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
   forward.gates = lstm_only(out.gates);
   call_forward();
 
-  out.dx = Array<Real>(lean ? 0 : T * B * I);
+  out.dx = Array<Real>(lean ? 0 : N * I);
   out.dw_ih = Array<Real>(GH * I);
   out.dw_hh = Array<Real>(GH * H);
   out.db = Array<Real>(GH);
   out.dh0 = Array<Real>(lean ? 0 : B * H);
   out.dc0 = Array<Real>(lean ? 0 : state);
-  Array<Real> da(shape.block() < T ? T * B * GH : 0), da_windows;
+  Array<Real> da(shape.block() < T ? N * GH : 0), da_windows;
   const Index blocks = (T + shape.block() - 1) / shape.block();
   if (shape.window() > shape.block()) da_windows = Array<Real>(2 * blocks * B * GH);
   rnnfast::LayerBackward<Real> backward{};
@@ -292,6 +306,22 @@ std::vector<Case> cases() {
       const auto& [k1, k2] = truncations[n % 5];
       list.push_back({cell, T, B, I, H, n % 2 == 1, k1, k2, n % 3 == 2});
       ++n;
+    }
+  }
+  // Packed sequences: all of one length, one that outlives all others, blocks of rows that end within a block.
+  std::vector<Index> falling;
+  for (Index b = 0; b < 150; ++b) falling.push_back(1 + (149 - b) / 25);
+  const std::vector<std::vector<Index>> packs = {{1}, {3, 3}, {7, 2, 2, 1}, {9, 8, 5, 5, 5, 1}, {40, 3, 3, 2, 1}, falling};
+  for (const std::vector<Index>& lengths : packs) {
+    for (Cell cell : {Cell::lstm, Cell::rnn_tanh, Cell::rnn_relu}) {
+      for (bool reverse : {false, true}) {
+        const Index T = lengths[0], B = Index(lengths.size()), blocks = (T + 1) / 2;
+        const Index truncations[][2] = {{0, 0}, {std::min<Index>(2, T), std::min<Index>(2, T)}, {0, 0}, {1, 1},
+                                        {std::min<Index>(2, T), std::min<Index>(3, 2 * blocks)}};
+        const auto& [k1, k2] = truncations[n % 5];
+        list.push_back({cell, T, B, 5, n % 2 ? 19 : 33, reverse, k1, T > 1 ? k2 : k1, n % 3 == 2, lengths});
+        ++n;
+      }
     }
   }
   // Long enough for threads to pay, one row only: threads can but share the hidden units.

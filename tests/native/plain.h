@@ -21,9 +21,19 @@ struct Layer {
   Index T, B, I, H;
   bool reverse;
   Values x, w_ih, w_hh, b_ih, b_hh, h0, c0;
+  std::vector<Index> lengths;  // of packed sequences, the longest first; else none: all have T steps
 
   Index gates() const { return rnnfast::gate_count(cell); }
-  Index time(Index p) const { return reverse ? T - 1 - p : p; }
+  Index length(Index b) const { return lengths.empty() ? T : lengths[b]; }
+  Index rows_at(Index t) const {
+    Index rows = 0;
+    while (rows < B && t < length(rows)) ++rows;
+    return rows;
+  }
+  // Rows of the steps before t.
+  Index first_row(Index t) const { return t == 0 ? 0 : first_row(t - 1) + rows_at(t - 1); }
+  // Where step p of sequence b, in processing order, stands among the rows of all steps.
+  Index row(Index p, Index b) const { return first_row(reverse ? length(b) - 1 - p : p) + b; }
 };
 
 struct Outputs {
@@ -43,18 +53,17 @@ inline double sigmoid(double a) { return 1 / (1 + std::exp(-a)); }
 // A row of state in processing order: the step before the first is the initial state.
 inline const double* row_before(const Layer& layer, Index p, Index b, const Values& initial,
                                 const Values& steps) {
-  return p == 0 ? &initial[b * layer.H] : &steps[(layer.time(p - 1) * layer.B + b) * layer.H];
+  return p == 0 ? &initial[b * layer.H] : &steps[layer.row(p - 1, b) * layer.H];
 }
 
 inline Outputs forward(const Layer& layer) {
-  const Index T = layer.T, B = layer.B, I = layer.I, H = layer.H, G = layer.gates();
+  const Index N = layer.first_row(layer.T), B = layer.B, I = layer.I, H = layer.H, G = layer.gates();
   const bool lstm = layer.cell == Cell::lstm;
-  Outputs out{Values(T * B * H), layer.h0, layer.c0, Values(lstm ? T * B * H : 0),
-              Values(lstm ? T * B * 4 * H : 0)};
+  Outputs out{Values(N * H), layer.h0, layer.c0, Values(lstm ? N * H : 0), Values(lstm ? N * 4 * H : 0)};
   Values a(G * H);
-  for (Index p = 0; p < T; ++p) {
-    for (Index b = 0; b < B; ++b) {
-      const Index row = layer.time(p) * B + b;
+  for (Index b = 0; b < B; ++b) {
+    for (Index p = 0; p < layer.length(b); ++p) {
+      const Index row = layer.row(p, b);
       const double* h_prev = row_before(layer, p, b, layer.h0, out.y);
       for (Index n = 0; n < G * H; ++n) {
         a[n] = layer.b_ih[n] + layer.b_hh[n];
@@ -83,19 +92,20 @@ inline Outputs forward(const Layer& layer) {
 // TBPTT(k1, k2): for each block of losses, back through its window.
 inline Gradients backward(const Layer& layer, const Outputs& out, const Cotangents& up, Index k1,
                           Index k2) {
-  const Index T = layer.T, B = layer.B, I = layer.I, H = layer.H, GH = layer.gates() * H;
+  const Index B = layer.B, I = layer.I, H = layer.H, GH = layer.gates() * H;
   const bool lstm = layer.cell == Cell::lstm;
-  Gradients grad{Values(T * B * I), Values(GH * I), Values(GH * H),
+  Gradients grad{Values(out.y.size() / H * I), Values(GH * I), Values(GH * H),
                  Values(GH),        Values(B * H),  Values(lstm ? B * H : 0)};
   Values da(GH);
-  for (Index first = 0; first < T; first += k1) {
-    const Index last = std::min(first + k1, T) - 1;  // the block, in time
-    const Index begin = layer.reverse ? T - 1 - last : first;  // the same in processing order
-    const Index end = layer.reverse ? T - first : last + 1;
-    for (Index b = 0; b < B; ++b) {
+  for (Index b = 0; b < B; ++b) {
+    const Index T = layer.length(b);
+    for (Index first = 0; first < T; first += k1) {
+      const Index last = std::min(first + k1, T) - 1;  // the block, in time
+      const Index begin = layer.reverse ? T - 1 - last : first;  // the same in processing order
+      const Index end = layer.reverse ? T - first : last + 1;
       Values dh(H), dc(H);
       for (Index p = end - 1; p >= std::max<Index>(begin - (k2 - k1), 0); --p) {
-        const Index row = layer.time(p) * B + b;
+        const Index row = layer.row(p, b);
         const double* h_prev = row_before(layer, p, b, layer.h0, out.y);
         for (Index u = 0; u < H; ++u) {
           if (p >= begin) {

@@ -34,10 +34,12 @@ class Case:
     truncate: tuple[int, int] | None = None
     layout: str = "dense"
     upstream: tuple[str, ...] = ("y", "h_n", "c_n", "c")  # the outputs that get a gradient
+    lengths: tuple[int, ...] | None = None  # of B packed sequences, the longest, of T, first
 
     def __str__(self) -> str:
         shown = [self.cell, f"{self.T}x{self.B}x{self.I}x{self.H}"]
         shown += ["reverse"] * self.reverse + [f"k{self.truncate}"] * bool(self.truncate)
+        shown += [f"packed {self.lengths}"] * bool(self.lengths)
         shown += [f"{self.biases} biases", self.layout, "+".join(self.upstream) or "nothing"]
         return " ".join(shown).replace(", ", ",")
 
@@ -46,9 +48,26 @@ class Case:
         return 4 if self.cell == "lstm" else 1
 
     @property
+    def batch_sizes(self) -> Tensor | None:
+        """The number of running sequences at each step, if packed."""
+        if self.lengths is None:
+            return None
+        return torch.tensor([sum(t < n for n in self.lengths) for t in range(self.T)])
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The leading axes of whatever has steps."""
+        return (self.T, self.B) if self.lengths is None else (sum(self.lengths),)
+
+    def rows_of(self, b: int) -> Tensor:
+        """Where the steps of packed sequence b stand among the rows of all steps."""
+        begins = self.batch_sizes.cumsum(0) - self.batch_sizes
+        return begins[: self.lengths[b]] + b
+
+    @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what the layer gives."""
-        steps, state = (self.T, self.B, self.H), (self.B, self.H)
+        steps, state = (*self.steps, self.H), (self.B, self.H)
         shapes = {"y": steps, "h_n": state}
         return shapes | {"c_n": state, "c": steps} if self.cell == "lstm" else shapes
 
@@ -60,7 +79,7 @@ class Case:
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
 
-        x = uniform(self.T, self.B, self.I) * math.sqrt(3 * self.H / max(self.I, 1))
+        x = uniform(*self.steps, self.I) * math.sqrt(3 * self.H / max(self.I, 1))
         values = {"x": x, "h0": uniform(self.B, self.H)}
         if self.cell == "lstm":
             values["c0"] = 2 * uniform(self.B, self.H)
@@ -126,10 +145,11 @@ def run_operator(case: Case, inputs: dict[str, Tensor], keep: str = "all") -> di
         # With bfloat16 whatever belongs to the cell is float32.
         states = [inputs["h0"], inputs["c0"].to(accumulator(inputs["x"].dtype))]
         y, h_n, c_n, c, _ = ops.lstm_layer(
-            inputs["x"], *states, *weights, case.reverse, k1, k2, keep
+            inputs["x"], *states, *weights, case.reverse, k1, k2, keep, case.batch_sizes
         )
         return {"y": y, "h_n": h_n, "c_n": c_n, "c": c}
-    y, h_n = ops.rnn_layer(inputs["x"], inputs["h0"], *weights, case.cell, case.reverse, k1, k2)
+    options = (case.cell, case.reverse, k1, k2, case.batch_sizes)
+    y, h_n = ops.rnn_layer(inputs["x"], inputs["h0"], *weights, *options)
     return {"y": y, "h_n": h_n}
 
 
@@ -163,8 +183,38 @@ def differentiate(
 @cache
 def by_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """The same in float64, from inputs rounded to `dtype`."""
-    inputs = {name: v.double().numpy() for name, v in case.inputs(dtype).items()}
-    upstream = {name: v.double().numpy() for name, v in case.cotangents(dtype).items()}
+    inputs = {name: v.double() for name, v in case.inputs(dtype).items()}
+    upstream = {name: v.double() for name, v in case.cotangents(dtype).items()}
+    if case.lengths is None:
+        return _reference(case, inputs, upstream)
+    results = {}
+    for b in range(case.B):  # each sequence by itself
+        rows = case.rows_of(b)
+
+        def of_sequence(values: dict[str, Tensor], b=b, rows=rows) -> dict[str, Tensor]:
+            own = {"x": rows, "y": rows, "c": rows, "h0": [b], "c0": [b], "h_n": [b], "c_n": [b]}
+            taken = {name: v[own[name]] if name in own else v for name, v in values.items()}
+            return {n: v.unsqueeze(1) if n in ("x", "y", "c") else v for n, v in taken.items()}
+
+        alone = _reference(case, of_sequence(inputs), of_sequence(upstream))
+        for name, value in alone.items():
+            if name in ("x", "y", "c", "dx"):
+                steps = results.setdefault(name, value.new_empty(*case.steps, value.shape[-1]))
+                steps[rows] = value.squeeze(1)
+            elif name in ("h_n", "c_n", "dh0", "dc0"):
+                states = results.setdefault(name, value.new_empty(case.B, case.H))
+                states[b] = value[0]
+            else:
+                results[name] = results.get(name, 0) + value
+    return results
+
+
+def _reference(
+    case: Case, inputs: dict[str, Tensor], upstream: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Outputs and gradients of (T, B, I), not packed."""
+    inputs = {name: v.numpy() for name, v in inputs.items()}
+    upstream = {name: v.numpy() for name, v in upstream.items()}
     weights = [inputs["w_ih"], inputs["w_hh"]]
     if BIASES[case.biases]:
         zeros = torch.zeros(case.gates * case.H, dtype=torch.float64).numpy()

@@ -39,9 +39,9 @@ def ways(monkeypatch):
 
     def noted(way):
         def wrapped(direction):
-            def call(*args):
+            def call(*args, **options):
                 seen.append(f"{way} {direction}")
-                return getattr(cpu, direction)(*args)
+                return getattr(cpu, direction)(*args, **options)
 
             return call
 
@@ -146,7 +146,7 @@ class TestAutograd(short_way.Autograd):
         asked = []
 
         def backward(*args):
-            *_, upstream, _, want = args
+            *_, upstream, _, want, _ = args
             assert sum(gradient is not None for gradient in upstream) == 1
             asked.append(want)
             return cpu.backward(*args)
@@ -439,7 +439,7 @@ def test_numpy_sees_what_was_computed():
 
 def arguments_of(entry, x, states, weights, grad):
     return {
-        "run_layer": ("lstm", x, states, weights, False, "nothing", False, grad),
+        "run_layer": ("lstm", x, states, weights, False, "nothing", False, grad, 0, 0),
         "run_sequence": ("lstm", x, states, weights, True, False, False, grad),
         "run_step": ("lstm", x, states, weights, False, grad),
     }[entry]

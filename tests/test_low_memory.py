@@ -229,9 +229,9 @@ def test_less_is_saved(short, dtype, monkeypatch):
 def test_cell_states_alone_need_no_gates(monkeypatch):
     kept = []
 
-    def recorded(*args):
+    def recorded(*args, **options):
         kept.append(args[3])
-        return cpu.forward(*args)
+        return cpu.forward(*args, **options)
 
     def unrecorded(*args):
         found = _native.core.run_layer(*args)

@@ -42,11 +42,21 @@ bool dense_pays(const LayerShape& shape, Index product_terms, const Engine& engi
 
 Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) {
   const Index vectors = ceil_div(work.units, engine.vector_width);
-  const double steps = double(work.steps);
+  // All steps, where one of so many that share the rows has so many of the vectors.
+  const auto cycles_of = [&](Index sharers, Index own_vectors) {
+    const auto at = [&](Index step) {
+      return step_cycles(work, engine, ceil_div(work.rows_at(step), sharers), own_vectors);
+    };
+    if (!work.offsets) return double(work.steps) * at(0);
+    double cycles = 0;
+    for (Index step = 0; step < work.steps; ++step) cycles += at(step);
+    return cycles;
+  };
+  const Index most_rows = work.steps > 0 ? work.rows_at(0) : 0;
   Plan best{};
   best.threads = 1;
   best.split = Split::rows;
-  best.cycles = steps * step_cycles(work, engine, work.rows, vectors);
+  best.cycles = cycles_of(1, vectors);
   const auto consider = [&](int count, Split split, double cycles) {
     if (cycles + region_cycles >= best.cycles) return;
     best.threads = count;
@@ -55,13 +65,10 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
   };
   for (int count = 2; count <= threads; count = count == threads ? count + 1
                                                : std::min(2 * count, threads)) {
-    if (work.rows >= count)
-      consider(count, Split::rows,
-               steps * step_cycles(work, engine, ceil_div(work.rows, count), vectors));
+    if (most_rows >= count) consider(count, Split::rows, cycles_of(count, vectors));
     if (vectors >= count)
       consider(count, Split::units,
-               steps * (step_cycles(work, engine, work.rows, ceil_div(vectors, count)) +
-                        barrier_cycles));
+               cycles_of(1, ceil_div(vectors, count)) + double(work.steps) * barrier_cycles);
   }
   best.pack = work.steps * work.rows >= packing_pays;
   const Index rows = best.split == Split::rows ? ceil_div(work.rows, best.threads) : work.rows;
@@ -72,8 +79,8 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
 Plan plan_forward(const LayerShape& shape, const Engine& engine) {
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
   Plan plan = plan_recurrence(
-      {shape.T, shape.mean_rows(), shape.H, gate_count(shape.cell), lanes(shape.H), lanes(shape.I)}, engine,
-      shape.threads);
+      {shape.T, shape.mean_rows(), shape.H, gate_count(shape.cell), lanes(shape.H), lanes(shape.I), shape.offsets},
+      engine, shape.threads);
   plan.dense = plan.pack && plan.split == Split::rows && dense_pays(shape, lanes(shape.I), engine);
   return plan;
 }
@@ -83,8 +90,9 @@ Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, co
   const Index product_terms = gates * ((want_dx ? shape.I : 0) + shape.I + shape.H);
   const Index windows = ceil_div(shape.T, k1);
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
+  const Index* offsets = windows == 1 ? shape.offsets : nullptr;  // windows of several blocks: the mean will do
   return plan_recurrence(
-      {k2, windows * shape.mean_rows(), shape.H, 1, lanes(gates * shape.H), lanes(product_terms)}, engine,
+      {k2, windows * shape.mean_rows(), shape.H, 1, lanes(gates * shape.H), lanes(product_terms), offsets}, engine,
       shape.threads);
 }
 

@@ -30,9 +30,12 @@ struct Engine {
 
 // `rows` sequences of `steps` steps; a step multiplies a row of `terms` numbers by weights for `units`
 // hidden units with `gates` sums each. The products over all steps that go with it are counted as so many
-// more terms a sum; they share out evenly.
+// more terms a sum; they share out evenly. With packed sequences, `rows` is the mean.
 struct Recurrence {
   Index steps, rows, units, gates, terms, product_terms;
+  const Index* offsets = nullptr;  // of packed sequences, as in LayerShape
+
+  Index rows_at(Index step) const { return offsets ? offsets[step + 1] - offsets[step] : rows; }
 };
 
 // Fewer uses of a weight than this do not pay for packing it, which reads and writes it.

@@ -22,6 +22,7 @@ namespace {
 
 struct Layer {
   LayerShape shape{};
+  std::vector<Index> offsets;  // the shape's, if packed
   Keep keep = Keep::nothing;
   bool halve_w_hh = false;
   bool wants_h_n = true;
@@ -108,11 +109,20 @@ Results run(Layer& layer) {
 // The arguments of the short way
 
 // What the arguments describe, which is how the axes of x and of states are read.
-enum class Way { layer, sequence, step };
+enum class Way { layer, packed, sequence, step };
+
+bool is_layer(Way way) { return way == Way::layer || way == Way::packed; }
 
 // Sizes and the states' shape as x has them; false if x has too few or too many axes.
 bool take_axes(Way way, Index H, Layer& layer) {
   const Shape& x = layer.x.array.shape;
+  if (way == Way::packed) {
+    if (x.axes != 2 || layer.shape.rows() != x.size[0]) return false;
+    layer.shape.I = x.size[1];
+    layer.shape.H = H;
+    layer.state_shape = {layer.shape.B, H};
+    return true;
+  }
   const int batched = way == Way::step ? 2 : 3;
   const bool has_batch = x.axes == batched;
   if (!has_batch && (way == Way::layer || x.axes != batched - 1)) return false;
@@ -171,7 +181,7 @@ bool take_input(Way way, PyObject* x, bool batch_first, Layer& layer) {
   if (batch_first && layer.x.array.shape.axes == 3) layer.x = transposed(layer.x);
   const Index H = layer.w_hh.array.shape.size[1], rows = gate_count(layer.shape.cell) * H;
   if (!take_axes(way, H, layer)) return false;
-  const Number number = layer.number(), c0_number = way == Way::layer ? layer.cell_number() : number;
+  const Number number = layer.number(), c0_number = is_layer(way) ? layer.cell_number() : number;
   const auto fits = [](const Tensor& tensor, Number number, const Shape& shape) {
     return !tensor || (tensor.array.number == number && tensor.array.shape == shape);
   };
@@ -234,6 +244,15 @@ std::array<Index, 4> sizes_of(PyObject* tuple) {
   return py::handle(tuple).cast<std::array<Index, 4>>();
 }
 
+// Of the address of batch_sizes, or of 0 where nothing is packed.
+void take_offsets(PyObject* address, Index T, Layer& layer) {
+  layer.offsets = offsets_of(py::handle(address).cast<std::uintptr_t>(), T);
+  if (layer.offsets.empty()) return;
+  layer.shape.T = T;
+  layer.shape.B = layer.offsets[1];
+  layer.shape.offsets = layer.offsets.data();
+}
+
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return translated([&]() -> py::object {
     expect_count(count, 13);
@@ -244,8 +263,7 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Layer layer;
     const auto [T, B, I, H] = sizes_of(arguments[1]);
     layer.shape = {cell_named(text(arguments[0])), T, B, I, H, is_true(arguments[2]), 1};
-    const std::vector<Index> offsets = offsets_of(py::handle(arguments[12]).cast<std::uintptr_t>(), T);
-    if (!offsets.empty()) layer.shape.offsets = offsets.data();
+    take_offsets(arguments[12], T, layer);
     layer.keep = keep_named(text(arguments[3]));
     layer.x = tensor(4);
     layer.h0 = tensor(5), layer.c0 = tensor(6);
@@ -270,23 +288,25 @@ py::object results_of(Way way, bool batch_first, bool recording, Layer& layer) {
     return py::make_tuple(py::none(), py::make_tuple(T, B, I, H), layer.h0.object, object_of(layer.c0));
   }
   Results results = run(layer);
-  if (way != Way::layer && results.c_n) results.c_n = converted(results.c_n, layer.number());
+  if (!is_layer(way) && results.c_n) results.c_n = converted(results.c_n, layer.number());
   if (batch_first && results.y.array.shape.axes == 3) results.y = transposed(results.y);
   return tuple_of(results.y, results.h_n, results.c_n, results.c);
 }
 
-// (cell, x, states, weights, reverse, keep, halve_w_hh, recording)
+// (cell, x, states, weights, reverse, keep, halve_w_hh, recording, address of batch_sizes or 0, their count)
 PyObject* run_layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return translated([&]() -> py::object {
-    expect_count(count, 8);
+    expect_count(count, 10);
     Layer layer;
     layer.shape.cell = cell_named(text(arguments[0]));
+    take_offsets(arguments[8], py::handle(arguments[9]).cast<Index>(), layer);
+    const Way way = layer.shape.offsets ? Way::packed : Way::layer;
     layer.shape.reverse = is_true(arguments[4]);
     layer.keep = keep_named(text(arguments[5]));
     layer.halve_w_hh = is_true(arguments[6]);
     const bool fits = take_states(arguments[2], layer) && take_weights(arguments[3], true, layer) &&
-                      take_input(Way::layer, arguments[1], false, layer);
-    return fits ? results_of(Way::layer, false, is_true(arguments[7]), layer) : py::none();
+                      take_input(way, arguments[1], false, layer);
+    return fits ? results_of(way, false, is_true(arguments[7]), layer) : py::none();
   });
 }
 

@@ -5,6 +5,10 @@ The two callers, the registered operators (`ops`) and the short way past torch's
 same dtype, in the CPU's memory, and of the shape `Sizes` implies. (With bfloat16 whatever belongs
 to the cell, c0 and its like, is float32.) Nothing is copied unless it is not contiguous. For a
 small layer each allocation takes as long as the arithmetic, so none is made that nobody asked for.
+
+Packed sequences come with their batch_sizes (T,), int64 and dense: the number of running sequences
+at each step, which begins with B and never grows. Where shapes say (T, B, ...) there are then the N
+rows of all steps, (N, ...).
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ def forward(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     halve_w_hh: bool = False,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, h_n, c_n and, as `keep` says, c (T, B, H) and gates (T, B, 4, H); T >= 1.
 
@@ -55,7 +60,8 @@ def forward(
     an RNN does not have is None, and c0 tells: it is None too. halve_w_hh is for float32 alone.
     """
     states, weights = (h0, c0), (w_ih, w_hh, b_ih, b_hh)
-    return core.forward(cell, sizes, reverse, keep, x, *states, *weights, halve_w_hh)
+    address = _address(batch_sizes)
+    return core.forward(cell, sizes, reverse, keep, x, *states, *weights, halve_w_hh, address)
 
 
 def backward(
@@ -67,6 +73,7 @@ def backward(
     upstream: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     saved: tuple[Tensor | None, ...],
     wants: tuple[bool, ...],
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """dx, dh0, dc0, dw_ih, dw_hh and db where `wants` has True, None elsewhere; T >= 1.
 
@@ -85,10 +92,11 @@ def backward(
     dw_ih = x.new_empty(rows, I) if want_w_ih else None
     dw_hh = x.new_empty(rows, H) if want_w_hh or want_b else None  # db comes with dw_hh
     db = x.new_empty(rows) if want_b else None
-    da = x.new_empty(T, B, rows) if k1 < T else None
+    steps = T * B if batch_sizes is None else len(x)
+    da = x.new_empty(steps, rows) if k1 < T else None
     da_windows = x.new_empty(2, -(-T // k1) * B, rows) if k2 > k1 else None
     total = accumulator(x.dtype)
-    da_sums = x.new_empty(T, B, rows, dtype=total) if k2 > k1 and total != x.dtype else None
+    da_sums = x.new_empty(steps, rows, dtype=total) if k2 > k1 and total != x.dtype else None
     getattr(core, _BACKWARD[x.dtype])(
         cell, T, B, I, H, reverse, torch.get_num_threads(), k1, k2,
         _address(dy), _address(dh_n), _address(dc_n), _address(dc),
@@ -96,6 +104,6 @@ def backward(
         y.data_ptr(), _address(c), _address(gates),
         _address(dx), _address(dw_ih), _address(dw_hh), _address(db),
         _address(dh0), _address(dc0), _address(da), _address(da_windows),
-        _address(da_sums), _address(b_ih), _address(b_hh),
+        _address(da_sums), _address(b_ih), _address(b_hh), _address(batch_sizes),
     )  # fmt: skip
     return dx, dh0, dc0, dw_ih, dw_hh if want_w_hh else None, db

@@ -27,13 +27,15 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # w_ih, w_hh, b_i
 Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # y, h_n, c_n, c; RNNs have no c
 
 
-def _record(found, cell, x, weights, reverse=False, k1=0, k2=0, keep="all") -> Results | None:
+def _record(
+    found, cell, x, weights, reverse=False, k1=0, k2=0, keep="all", batch_sizes=None
+) -> Results | None:
     """The same call with its gradient; `found` is what the core's function gave for it."""
     if keep == "nothing":
         return None  # the operator refuses when the gradient is asked for
     _, sizes, h0, c0 = found
     k1, k2 = ops.window(sizes[0], k1, k2)
-    return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep)
+    return _apply(x, h0, c0, *weights, cell, sizes, reverse, k1, k2, keep, batch_sizes)
 
 
 def _as_x(c_n: Tensor | None, x: Tensor) -> Tensor | None:
@@ -158,36 +160,45 @@ def module_step(
 # For stacks: the operators' signatures; on CUDA states may be None for zeros
 
 
-def _layer(cell, x, states, weights, reverse, k1, k2, keep) -> Results | None:
+def _layer(cell, x, states, weights, reverse, k1, k2, keep, batch_sizes=None) -> Results | None:
     if _watched():
         return None
     kept = "nothing" if keep == "nothing" else "cells"
-    found = core.run_layer(cell, x, states, weights, reverse, kept, is_wished(), is_grad_enabled())
+    address, steps = 0, 0
+    if batch_sizes is not None:
+        if not _plain(batch_sizes, torch.int64) or not batch_sizes.is_contiguous():
+            return None
+        address, steps = batch_sizes.data_ptr(), len(batch_sizes)
+    found = core.run_layer(
+        *(cell, x, states, weights, reverse, kept, is_wished(), is_grad_enabled(), address, steps)
+    )
     if found is None:
+        if batch_sizes is not None:
+            return None
         return cuda_direct.layer(cell, x, states, weights, reverse, k1, k2, keep)
     if found[0] is not None:
         return found
-    return _record(found, cell, x, weights, reverse, k1, k2, keep)
+    return _record(found, cell, x, weights, reverse, k1, k2, keep, batch_sizes)
 
 
-def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
+def lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep, batch_sizes=None):
     """y, h_n, c_n and, unless `keep` is "nothing", c: as ops.lstm_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
-    results = _layer("lstm", x, (h0, c0), weights, reverse, k1, k2, keep)
+    results = _layer("lstm", x, (h0, c0), weights, reverse, k1, k2, keep, batch_sizes)
     if results is None:
         if h0 is None:
             h0 = c0 = x.new_zeros(x.shape[1], w_hh.shape[1])
-        return ops.lstm_layer(x, h0, c0, *weights, reverse, k1, k2, keep)[:4]
+        return ops.lstm_layer(x, h0, c0, *weights, reverse, k1, k2, keep, batch_sizes)[:4]
     return results
 
 
-def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
+def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2, batch_sizes=None):
     """y and h_n: as ops.rnn_layer."""
     weights = (w_ih, w_hh, b_ih, b_hh)
-    results = _layer(nonlinearity, x, (h0,), weights, reverse, k1, k2, "all")
+    results = _layer(nonlinearity, x, (h0,), weights, reverse, k1, k2, "all", batch_sizes)
     if results is None:
         h0 = x.new_zeros(x.shape[1], w_hh.shape[1]) if h0 is None else h0
-        return ops.rnn_layer(x, h0, *weights, nonlinearity, reverse, k1, k2)
+        return ops.rnn_layer(x, h0, *weights, nonlinearity, reverse, k1, k2, batch_sizes)
     return results[:2]
 
 
@@ -198,14 +209,17 @@ class RnnfastLayer(torch.autograd.Function):
     """What the operators' autograd formulas do, without dispatching."""
 
     @staticmethod
-    def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, sizes, reverse, k1, k2, keep):
+    def forward(
+        ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, sizes, reverse, k1, k2, keep, batch_sizes
+    ):
         y, h_n, c_n, c, gates = cpu.forward(
-            cell, sizes, reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh
+            *(cell, sizes, reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh),
+            batch_sizes=batch_sizes,
         )
         ctx.set_materialize_grads(False)
         biases = (b_ih, b_hh) if keep == "cells" else (None, None)
         ctx.save_for_backward(x, h0, c0, w_ih, w_hh, *biases, y, c, gates)
-        ctx.call = (cell, sizes, reverse, k1, k2)
+        ctx.call, ctx.batch_sizes = (cell, sizes, reverse, k1, k2), batch_sizes
         ctx.x_shape, ctx.state_shape = x.shape, h0.shape
         return y, h_n, c_n, c
 
@@ -217,9 +231,10 @@ class RnnfastLayer(torch.autograd.Function):
         )
         wants = (need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih or need_b_hh)
         short = _may_go_back(ctx, upstream, saved)
-        gradients = (cpu.backward if short else ops.backward)(*ctx.call, upstream, saved, wants)
-        *gradients, db = gradients
-        return *gradients, db if need_b_ih else None, db if need_b_hh else None, *(None,) * 6
+        *gradients, db = (cpu.backward if short else ops.backward)(
+            *ctx.call, upstream, saved, wants, ctx.batch_sizes
+        )
+        return *gradients, db if need_b_ih else None, db if need_b_hh else None, *(None,) * 7
 
 
 # Function.apply looks for functorch and for tensors that left it, of which there are none here.
@@ -253,12 +268,13 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     cell, (T, B, I, H), *_ = ctx.call
     dtype = saved[0].dtype
     of_cell = accumulator(dtype)
-    y, state, c, rows = (*ctx.x_shape[:-1], H), ctx.state_shape, (T, B, H), GATES[cell] * H
+    steps = (T, B) if ctx.batch_sizes is None else ctx.x_shape[:1]
+    y, state, c, rows = (*ctx.x_shape[:-1], H), ctx.state_shape, (*steps, H), GATES[cell] * H
     expected = (  # upstream, then saved
         *((y, dtype), (state, dtype), (state, of_cell), (c, of_cell)),
         *((ctx.x_shape, dtype), (state, dtype), (state, of_cell)),
         *(((rows, I), dtype), ((rows, H), dtype), ((rows,), dtype), ((rows,), dtype)),
-        *((y, dtype), (c, of_cell), ((T, B, 4, H), of_cell)),
+        *((y, dtype), (c, of_cell), ((*steps, 4, H), of_cell)),
     )
     try:
         for tensor, (shape, number) in zip((*upstream, *saved), expected, strict=True):

@@ -7,6 +7,7 @@ truncation as one keyword more. The gate maths and its derivatives live below, i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -184,10 +185,20 @@ def rnn_cell(
     return _step("RNNCell", layer, 1, x, hx, w_ih, w_hh, b_ih, b_hh)[0]
 
 
+# Layers as stack.Layer has them; over the rows of packed sequences, if batch_sizes are given
+
+
 def _lstm_layer(
-    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
+    x: Tensor,
+    state: State,
+    w: LayerWeights,
+    reverse: bool,
+    k1: int,
+    k2: int,
+    keep: str,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, State, Tensor]:
-    y, h, c, cells = direct.lstm_layer(x, *state, *w, reverse, k1, k2, keep)
+    y, h, c, cells = direct.lstm_layer(x, *state, *w, reverse, k1, k2, keep, batch_sizes)
     return y, (h, c), cells
 
 
@@ -199,16 +210,30 @@ def _projected_layer(
 
 
 def _tanh_layer(
-    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
+    x: Tensor,
+    state: State,
+    w: LayerWeights,
+    reverse: bool,
+    k1: int,
+    k2: int,
+    keep: str,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, State, None]:
-    y, h = direct.rnn_layer(x, *state, *w, "tanh", reverse, k1, k2)
+    y, h = direct.rnn_layer(x, *state, *w, "tanh", reverse, k1, k2, batch_sizes)
     return y, (h,), None
 
 
 def _relu_layer(
-    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
+    x: Tensor,
+    state: State,
+    w: LayerWeights,
+    reverse: bool,
+    k1: int,
+    k2: int,
+    keep: str,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, State, None]:
-    y, h = direct.rnn_layer(x, *state, *w, "relu", reverse, k1, k2)
+    y, h = direct.rnn_layer(x, *state, *w, "relu", reverse, k1, k2, batch_sizes)
     return y, (h,), None
 
 
@@ -289,6 +314,11 @@ def _run(
     if sequence is None:
         both = _IN_ONE_LAUNCH.get(layer) if _on_cuda(x) and directions == 2 else None
         y, finals, cells = _run_layers(layer, x, states, *args, both)
+    elif (
+        not x.is_cuda and layer is not _projected_layer and (k1 == k2 or len(groups) == directions)
+    ):
+        over_rows = partial(layer, batch_sizes=sequence.batch_sizes)
+        y, finals, cells = _run_layers(over_rows, x, states, *args)
     elif k1 == k2:
         y, finals, cells = _run_layers(packed.over_segments(layer, batch_sizes), x, states, *args)
     else:

@@ -9,6 +9,10 @@ plain CPU tensors, which need none of this, take the short way of `direct`.
 keep, one of `KEEP`, says what an LSTM keeps of every step: "all" for a gradient, "cells" for one
 that computes the gates again (it is given none, but the biases), "nothing" for none. What is not
 kept comes out without elements.
+
+batch_sizes, if given, says that sequences are packed: x is (N, I), the rows of all steps without
+padding, and so for everything else that has steps. An int64 tensor (T,) on the CPU, as that of a
+PackedSequence.
 """
 
 from __future__ import annotations
@@ -25,24 +29,24 @@ __all__ = ["lstm_layer", "rnn_layer"]
 
 _LSTM = (
     "(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh,"
-    " bool reverse, int k1, int k2, str keep)"
+    " bool reverse, int k1, int k2, str keep, Tensor? batch_sizes=None)"
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
 )
 _LSTM_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor h0, Tensor c0,"
     " Tensor w_ih, Tensor w_hh, Tensor y, Tensor c, Tensor? gates, bool reverse, int k1, int k2,"
     " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b,"
-    " Tensor? b_ih=None, Tensor? b_hh=None)"
+    " Tensor? b_ih=None, Tensor? b_hh=None, Tensor? batch_sizes=None)"
     " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
 )
 _RNN = (
     "(Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str nonlinearity,"
-    " bool reverse, int k1, int k2) -> (Tensor y, Tensor h_n)"
+    " bool reverse, int k1, int k2, Tensor? batch_sizes=None) -> (Tensor y, Tensor h_n)"
 )
 _RNN_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor x, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor y,"
     " str nonlinearity, bool reverse, int k1, int k2,"
-    " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b)"
+    " bool want_x, bool want_w_ih, bool want_w_hh, bool want_b, Tensor? batch_sizes=None)"
     " -> (Tensor dx, Tensor dh0, Tensor dw_ih, Tensor dw_hh, Tensor db)"
 )
 
@@ -73,16 +77,51 @@ def _expect(
         raise RuntimeError(f"{name} is on device {tensor.device}, but x is on {like.device}")
 
 
-def _sizes(x: Tensor, w_hh: Tensor) -> tuple[int, int, int, int]:
-    if x.dim() != 3:
-        raise RuntimeError(f"x has {x.dim()} dimensions, but should have 3: (T, B, I)")
+def _sizes(
+    x: Tensor, h0: Tensor, w_hh: Tensor, batch_sizes: Tensor | None
+) -> tuple[int, int, int, int]:
+    """T, B, I, H."""
+    axes, layout = (3, "(T, B, I)") if batch_sizes is None else (2, "(N, I)")
+    if x.dim() != axes:
+        raise RuntimeError(f"x has {x.dim()} dimensions, but should have {axes}: {layout}")
     if w_hh.dim() != 2:
         raise RuntimeError(f"w_hh has shape {tuple(w_hh.shape)}, but should have (G * H, H)")
-    return *x.shape, w_hh.shape[-1]
+    if batch_sizes is None:
+        return *x.shape, w_hh.shape[-1]
+    if batch_sizes.dim() != 1:
+        raise RuntimeError(f"batch_sizes has {batch_sizes.dim()} dimensions, but should have 1")
+    if h0.dim() != 2:
+        raise RuntimeError(f"h0 has shape {tuple(h0.shape)}, but should have (B, H)")
+    return len(batch_sizes), len(h0), x.shape[1], w_hh.shape[-1]
 
 
-def _check(gates, x, w_ih, w_hh, b_ih, b_hh, states, cell_dtype=None) -> tuple[int, int, int, int]:
-    T, B, I, H = _sizes(x, w_hh)
+def _known(batch_sizes: Tensor | None, x: Tensor, B: int) -> Tensor | None:
+    """batch_sizes as the kernels read them, which trust that they are of so many rows."""
+    if batch_sizes is None:
+        return None
+    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
+        raise RuntimeError(
+            f"batch_sizes is {batch_sizes.dtype} on {batch_sizes.device}, but should be "
+            "torch.int64 on cpu"
+        )
+    rows = batch_sizes.tolist()
+    if (
+        rows[:1] != [B][: len(rows)]
+        or rows != sorted(rows, reverse=True)
+        or min(rows, default=1) < 1
+    ):
+        raise RuntimeError(
+            f"batch_sizes is {rows}, but should begin with {B}, never grow and never be below 1"
+        )
+    if sum(rows) != len(x):
+        raise RuntimeError(f"x has {len(x)} rows, but batch_sizes has {sum(rows)}")
+    return batch_sizes.contiguous()
+
+
+def _check(
+    gates, x, w_ih, w_hh, b_ih, b_hh, states, cell_dtype=None, batch_sizes=None
+) -> tuple[int, int, int, int]:
+    T, B, I, H = _sizes(x, states["h0"], w_hh, batch_sizes)
     _expect("w_ih", w_ih, (gates * H, I), x)
     _expect("w_hh", w_hh, (gates * H, H), x)
     _expect("b_ih", b_ih, (gates * H,), x)
@@ -110,40 +149,47 @@ def _check_nonlinearity(name: str) -> None:
         raise ValueError(f"nonlinearity is {name!r}, but should be 'tanh' or 'relu'")
 
 
-def _kept_shapes(keep: str, T: int, B: int, H: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of c and gates: (0,) for what is not kept."""
+def _kept_shapes(keep: str, *sequence: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of c and gates, where y is of this shape: (0,) for what is not kept."""
     if keep not in KEEP:
         raise ValueError(f"keep is {keep!r}, but should be {', '.join(map(repr, KEEP))}")
-    return (0,) if keep == "nothing" else (T, B, H), (T, B, 4, H) if keep == "all" else (0,)
+    *steps, H = sequence
+    return (0,) if keep == "nothing" else sequence, (*steps, 4, H) if keep == "all" else (0,)
 
 
 # Forward
 
 
-def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
+def _lstm_layer_cpu(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep, batch_sizes=None):
     states = {"h0": h0, "c0": c0}
-    T, B, I, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, states, accumulator(x.dtype))
+    sizes = _check(4, x, w_ih, w_hh, b_ih, b_hh, states, accumulator(x.dtype), batch_sizes)
+    T, B, _, H = sizes
     window(T, k1, k2)
     precision(x.dtype)
-    kept_shapes = _kept_shapes(keep, T, B, H)
+    sequence = (*x.shape[:-1], H)
+    kept_shapes = _kept_shapes(keep, *sequence)
+    batch_sizes = _known(batch_sizes, x, B)
     if T == 0:
-        y = x.new_empty(0, B, H)
+        y = x.new_empty(sequence)
         return y, h0.clone(), c0.clone(), *(c0.new_empty(shape) for shape in kept_shapes)
     y, h_n, c_n, *kept = cpu.forward(
-        *("lstm", (T, B, I, H), reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+        *("lstm", sizes, reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh), batch_sizes=batch_sizes
     )
     return y, h_n, c_n, *(c0.new_empty(0) if k is None else k for k in kept)
 
 
-def _rnn_layer_cpu(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
-    T, B, I, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
+def _rnn_layer_cpu(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2, batch_sizes=None):
+    sizes = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0}, batch_sizes=batch_sizes)
+    T, B, _, H = sizes
     window(T, k1, k2)
     precision(x.dtype)
     _check_nonlinearity(nonlinearity)
+    batch_sizes = _known(batch_sizes, x, B)
     if T == 0:
-        return x.new_empty(0, B, H), h0.clone()
+        return x.new_empty(*x.shape[:-1], H), h0.clone()
     return cpu.forward(
-        *(nonlinearity, (T, B, I, H), reverse, "nothing", x, h0, None, w_ih, w_hh, b_ih, b_hh)
+        *(nonlinearity, sizes, reverse, "nothing", x, h0, None, w_ih, w_hh, b_ih, b_hh),
+        batch_sizes=batch_sizes,
     )[:2]
 
 
@@ -167,70 +213,92 @@ def _wants_and_biases(
     want_b: bool,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
-) -> tuple[tuple[bool, ...], tuple[Tensor | None, Tensor | None]]:
-    """The end of lstm_layer_backward's schema: what is wanted, and biases if gates are None."""
-    return (want_x, want_w_ih, want_w_hh, want_b), (b_ih, b_hh)
+    batch_sizes: Tensor | None = None,
+) -> tuple[tuple[bool, ...], tuple[Tensor | None, Tensor | None], Tensor | None]:
+    """The end of lstm_layer_backward's schema: what is wanted, biases if gates are None, and
+    batch_sizes."""
+    return (want_x, want_w_ih, want_w_hh, want_b), (b_ih, b_hh), batch_sizes
+
+
+def _wants_and_batch_sizes(
+    want_x: bool,
+    want_w_ih: bool,
+    want_w_hh: bool,
+    want_b: bool,
+    batch_sizes: Tensor | None = None,
+) -> tuple[tuple[bool, ...], Tensor | None]:
+    """The same of rnn_layer_backward."""
+    return (want_x, want_w_ih, want_w_hh, want_b), batch_sizes
 
 
 def _lstm_layer_backward_cpu(
     dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *rest
 ):
-    wants, biases = _wants_and_biases(*rest)
+    wants, biases, batch_sizes = _wants_and_biases(*rest)
     states = {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
     cell_dtype = accumulator(x.dtype)
-    T, B, I, H = _check(4, x, w_ih, w_hh, *biases, states, cell_dtype)
+    sizes = _check(4, x, w_ih, w_hh, *biases, states, cell_dtype, batch_sizes)
+    T, B, _, H = sizes
+    steps = x.shape[:-1]
     for name, tensor in {"dy": dy, "dc": dc, "y": y, "c": c}.items():
-        _expect(name, tensor, (T, B, H), x, cell_dtype)
-    _expect("gates", gates, (T, B, 4, H), x, cell_dtype)
+        _expect(name, tensor, (*steps, H), x, cell_dtype)
+    _expect("gates", gates, (*steps, 4, H), x, cell_dtype)
     precision(x.dtype)
+    batch_sizes = _known(batch_sizes, x, B)
     if T == 0:
         dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
         dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
         dc0 = torch.zeros_like(c0) if dc_n is None else dc_n.clone()
         return dx, dh0, dc0, dw_ih.zero_(), dw_hh.zero_(), db.zero_()
     return _cpu_gradients(
-        *("lstm", (T, B, I, H), reverse, *window(T, k1, k2), (dy, dh_n, dc_n, dc)),
-        *((x, h0, c0, w_ih, w_hh, *biases, y, c, gates), wants),
+        *("lstm", sizes, reverse, *window(T, k1, k2), (dy, dh_n, dc_n, dc)),
+        *((x, h0, c0, w_ih, w_hh, *biases, y, c, gates), wants, batch_sizes),
     )
 
 
-def _rnn_layer_backward_cpu(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants):
-    T, B, I, H = _check(1, x, w_ih, w_hh, None, None, {"h0": h0, "dh_n": dh_n})
+def _rnn_layer_backward_cpu(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *rest):
+    wants, batch_sizes = _wants_and_batch_sizes(*rest)
+    states = {"h0": h0, "dh_n": dh_n}
+    sizes = _check(1, x, w_ih, w_hh, None, None, states, batch_sizes=batch_sizes)
+    T, B, _, H = sizes
     for name, tensor in {"dy": dy, "y": y}.items():
-        _expect(name, tensor, (T, B, H), x)
+        _expect(name, tensor, (*x.shape[:-1], H), x)
     precision(x.dtype)
     _check_nonlinearity(nonlinearity)
+    batch_sizes = _known(batch_sizes, x, B)
     if T == 0:
         dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
         dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
         return dx, dh0, dw_ih.zero_(), dw_hh.zero_(), db.zero_()
     dx, dh0, _, dw_ih, dw_hh, db = _cpu_gradients(
-        *(nonlinearity, (T, B, I, H), reverse, *window(T, k1, k2), (dy, dh_n, None, None)),
-        *((x, h0, None, w_ih, w_hh, None, None, y, None, None), wants),
+        *(nonlinearity, sizes, reverse, *window(T, k1, k2), (dy, dh_n, None, None)),
+        *((x, h0, None, w_ih, w_hh, None, None, y, None, None), wants, batch_sizes),
     )
     return dx, dh0, dw_ih, dw_hh, db
 
 
-def _cpu_gradients(cell, sizes, reverse, k1, k2, upstream, saved, wants):
+def _cpu_gradients(cell, sizes, reverse, k1, k2, upstream, saved, wants, batch_sizes):
     """As cpu.backward, in the terms of the schemas: an operator gives no None but empty tensors."""
     want_x, *want_rest = wants
     want_all = (want_x, True, cell == "lstm", *want_rest)
-    gradients = cpu.backward(cell, sizes, reverse, k1, k2, upstream, saved, want_all)
+    gradients = cpu.backward(cell, sizes, reverse, k1, k2, upstream, saved, want_all, batch_sizes)
     return tuple(saved[0].new_empty(0) if d is None else d for d in gradients)
 
 
 # Shapes alone
 
 
-def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
+def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep, batch_sizes=None):
     # The CPU's kernels take a wider c0 than CUDA's do; which these are nothing here tells.
     wide = accumulator(x.dtype)
     states = {"h0": h0, "c0": c0}
-    T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, states, wide if c0.dtype == wide else None)
-    c, gates = _kept_shapes(keep, T, B, H)
+    cell_dtype = wide if c0.dtype == wide else None
+    _, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, states, cell_dtype, batch_sizes)
+    sequence = (*x.shape[:-1], H)
+    c, gates = _kept_shapes(keep, *sequence)
     half = x.dtype in (torch.float16, torch.bfloat16)  # cell states are kept in float32 then
     return (
-        x.new_empty(T, B, H),
+        x.new_empty(sequence),
         x.new_empty(B, H),
         c0.new_empty(B, H),
         x.new_empty(c, dtype=torch.float32 if half else x.dtype),
@@ -238,20 +306,21 @@ def _lstm_layer_fake(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
     )
 
 
-def _rnn_layer_fake(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
-    T, B, _, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
-    return x.new_empty(T, B, H), x.new_empty(B, H)
+def _rnn_layer_fake(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2, batch_sizes=None):
+    _, B, _, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0}, batch_sizes=batch_sizes)
+    return x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
 
 
 def _lstm_layer_backward_fake(
     dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *rest
 ):
-    wants, _ = _wants_and_biases(*rest)
+    wants, *_ = _wants_and_biases(*rest)
     dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
     return dx, x.new_empty(h0.shape), c0.new_empty(c0.shape), dw_ih, dw_hh, db
 
 
-def _rnn_layer_backward_fake(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants):
+def _rnn_layer_backward_fake(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *rest):
+    wants, _ = _wants_and_batch_sizes(*rest)
     dx, dw_ih, dw_hh, db = _gradients(x, h0, w_ih, w_hh, *wants)
     return dx, x.new_empty(h0.shape), dw_ih, dw_hh, db
 
@@ -259,7 +328,7 @@ def _rnn_layer_backward_fake(dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, rever
 # By the operators
 
 
-def backward(cell, sizes, reverse, k1, k2, upstream, saved, wants):
+def backward(cell, sizes, reverse, k1, k2, upstream, saved, wants, batch_sizes=None):
     """As cpu.backward, by the operators, which autograd sees: for what the short ways don't take.
 
     h0 and c0 among the saved tensors may be None for zeros, if no gradient is wanted of them.
@@ -274,21 +343,22 @@ def backward(cell, sizes, reverse, k1, k2, upstream, saved, wants):
     if h0 is None:
         h0 = x.new_zeros(B, H)
         c0 = h0 if cell == "lstm" else None
-    dy, dc, y, c = (shaped(sequence, T, B, H) for sequence in (dy, dc, y, c))
+    steps = (T, B) if batch_sizes is None else (len(x),)
+    dy, dc, y, c = (shaped(sequence, *steps, H) for sequence in (dy, dc, y, c))
     states = dh_n, dc_n, h0, c0
     dh_n, dc_n, h0_rows, c0_rows = (shaped(state, B, H) for state in states)
     rest = (reverse, k1, k2, wants[0], *wants[3:])
     if cell == "lstm":
-        gates = shaped(gates, T, B, 4, H)
+        gates = shaped(gates, *steps, 4, H)
         dx, dh0, dc0, *dweights = torch.ops.rnnfast.lstm_layer_backward(
-            *(dy, dh_n, dc_n, dc, x.reshape(T, B, I), h0_rows, c0_rows, w_ih, w_hh, y, c, gates),
-            *(*rest, *biases),
+            *(dy, dh_n, dc_n, dc, x.reshape(*steps, I), h0_rows, c0_rows, w_ih, w_hh, y, c, gates),
+            *(*rest, *biases, batch_sizes),
         )
         dc0 = dc0.reshape(c0.shape)
     else:
         dc0 = None
         dx, dh0, *dweights = torch.ops.rnnfast.rnn_layer_backward(
-            *(dy, dh_n, x.reshape(T, B, I), h0_rows, w_ih, w_hh, y, cell), *rest
+            *(dy, dh_n, x.reshape(*steps, I), h0_rows, w_ih, w_hh, y, cell), *rest, batch_sizes
         )
     gradients = (dx.reshape(x.shape) if wants[0] else None, dh0.reshape(h0.shape), dc0, *dweights)
     return tuple(d if want else None for d, want in zip(gradients, wants, strict=True))
@@ -298,12 +368,12 @@ def backward(cell, sizes, reverse, k1, k2, upstream, saved, wants):
 
 
 def _lstm_setup(ctx, inputs, output):
-    x, h0, c0, w_ih, w_hh, *biases, ctx.reverse, ctx.k1, ctx.k2, ctx.keep = inputs
+    x, h0, c0, w_ih, w_hh, *biases, ctx.reverse, ctx.k1, ctx.k2, ctx.keep, batch_sizes = inputs
     y, _, _, c, gates = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(gates)
-    instead_of_gates = (None, *biases) if ctx.keep == "cells" else (gates,)
-    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, c, *instead_of_gates)
+    instead_of_gates = (None, *biases) if ctx.keep == "cells" else (gates, None, None)
+    ctx.save_for_backward(x, h0, c0, w_ih, w_hh, y, c, *instead_of_gates, batch_sizes)
 
 
 def _lstm_autograd(ctx, dy, dh_n, dc_n, dc, _):
@@ -313,30 +383,32 @@ def _lstm_autograd(ctx, dy, dh_n, dc_n, dc, _):
         )
     needs = ctx.needs_input_grad
     want_b = needs[5] or needs[6]
-    x, h0, c0, w_ih, w_hh, y, c, gates, *biases = ctx.saved_tensors
+    x, h0, c0, w_ih, w_hh, y, c, gates, *biases_and_batch_sizes = ctx.saved_tensors
     dx, dh0, dc0, dw_ih, dw_hh, db = torch.ops.rnnfast.lstm_layer_backward(
         *(dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates),
-        *(ctx.reverse, ctx.k1, ctx.k2, needs[0], needs[3], needs[4], want_b, *biases),
+        *(ctx.reverse, ctx.k1, ctx.k2, needs[0], needs[3], needs[4], want_b),
+        *biases_and_batch_sizes,
     )
     grads = (dx, dh0, dc0, dw_ih, dw_hh, db, db)
-    return *_wanted(grads, needs), None, None, None, None
+    return *_wanted(grads, needs), *(None,) * (len(needs) - len(grads))
 
 
 def _rnn_setup(ctx, inputs, output):
-    x, h0, w_ih, w_hh, _, _, ctx.nonlinearity, ctx.reverse, ctx.k1, ctx.k2 = inputs
+    x, h0, w_ih, w_hh, _, _, ctx.nonlinearity, ctx.reverse, ctx.k1, ctx.k2, batch_sizes = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h0, w_ih, w_hh, output[0])
+    ctx.save_for_backward(x, h0, w_ih, w_hh, output[0], batch_sizes)
 
 
 def _rnn_autograd(ctx, dy, dh_n):
     needs = ctx.needs_input_grad
     want_b = needs[4] or needs[5]
+    *saved, batch_sizes = ctx.saved_tensors
     dx, dh0, dw_ih, dw_hh, db = torch.ops.rnnfast.rnn_layer_backward(
-        *(dy, dh_n, *ctx.saved_tensors, ctx.nonlinearity, ctx.reverse, ctx.k1, ctx.k2),
-        *(needs[0], needs[2], needs[3], want_b),
+        *(dy, dh_n, *saved, ctx.nonlinearity, ctx.reverse, ctx.k1, ctx.k2),
+        *(needs[0], needs[2], needs[3], want_b, batch_sizes),
     )
     grads = (dx, dh0, dw_ih, dw_hh, db, db)
-    return *_wanted(grads, needs), None, None, None, None
+    return *_wanted(grads, needs), *(None,) * (len(needs) - len(grads))
 
 
 def _no_second_setup(ctx, inputs, output):

@@ -28,6 +28,7 @@ from short_way import (
     results,
     state_of,
 )
+from torch.nn.utils.rnn import pack_sequence
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -276,3 +277,34 @@ def test_nobody_to_compute_is_the_operators_answer(ways):
     for case in (Case("lstm", 3, 0, 2, 4), Case("tanh", 0, 3, 2, 4)):
         of_layer(case, torch.float32, "all", direct)
     assert set(ways) == {"operator forward", "operator backward"}
+
+
+# Packed sequences
+
+
+@pytest.mark.parametrize("truncate", [None, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("name", ["LSTM", "RNN tanh", "RNN relu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_packed_sequences(dtype, name, bidirectional, truncate, request):
+    options = {"num_layers": 2, "bidirectional": bidirectional, "truncate": truncate}
+    module = MODULES[name](**options, dtype=dtype)
+    sequences = [torch.randn(n, 3, dtype=dtype) for n in (2, 5, 1, 5)]
+    leaves = [s.requires_grad_() for s in sequences]
+
+    def run():
+        y, state = module(pack_sequence(leaves, enforce_sorted=False))
+        loss = y.data.cos().sum() + sum(s.sin().sum() for s in short_way.flat(state))
+        return y.data, *short_way.flat(state), *torch.autograd.grad(loss, leaves)
+
+    want = run()  # by the CPU's kernels
+    seen = request.getfixturevalue("ways")
+    got = run()
+    calls = seen.count("short forward")
+    if (truncate and bidirectional) or "relu" in name:
+        assert calls > 4 if bidirectional else 2
+    else:
+        assert calls == (4 if bidirectional else 2)
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.05}[dtype]
+    for ours, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)

@@ -6,6 +6,8 @@ compared with torch.nn's in test_functional.py, and truncated ones with loops in
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from against_torch import assert_agree
@@ -14,7 +16,8 @@ from pairwise import pairwise
 from rnnfast import LSTM, RNN, _native, direct, functional, halved_recurrence, ops
 from short_way import by_operators, flat
 from test_threads import assert_identical, on_one_thread
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from tolerance import assert_close
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 FALLING = tuple(1 + (149 - b) // 25 for b in range(150))  # two blocks of rows, which end within one
 LENGTHS = [(1,), (1, 1), (4, 4, 4), (7, 2, 2, 1), (9, 8, 5, 5, 5, 1), (30, 3, 3, 2), FALLING]
@@ -150,6 +153,72 @@ def test_a_batch_of_sentences(theirs, ours, bidirectional, num_layers):
     assert_agree(a, b, sentences())
 
 
+# Padded, for a GPU, or in segments: as when the rows are taken as they are. Here by CPU kernels.
+
+
+def packed_by(way, monkeypatch):
+    monkeypatch.setattr(functional, "_way_of_packed", lambda *_: way)
+
+
+@pytest.mark.parametrize("way", ["padding", "segments"])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("theirs", "ours"), MODULES)
+def test_other_ways(theirs, ours, bidirectional, num_layers, with_state, way, monkeypatch):
+    packed_by(way, monkeypatch)
+    options = {"num_layers": num_layers, "bidirectional": bidirectional, "dtype": torch.float64}
+    a, b = ours(3, 5, **options), theirs(3, 5, **options)
+    b.load_state_dict(a.state_dict())
+    for lengths in ([1], [4, 4], [2, 9, 1, 9, 4]):
+        x = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in lengths], False)
+        h = torch.randn(num_layers * (1 + bidirectional), len(lengths), 5, dtype=torch.float64)
+        state = (h, h.cos()) if ours is LSTM else h
+        assert_agree(a, b, x, *[state] * with_state)
+
+
+@pytest.mark.parametrize("ours", [LSTM, RNN])
+@pytest.mark.parametrize(
+    ("truncate", "way"),
+    [(1, "padding"), (3, "padding"), ((2, 5), "padding"), (1, "segments"), (3, "segments")],
+)
+def test_other_ways_truncated(truncate, way, ours, monkeypatch):
+    module, x = ours(12, 5, truncate=truncate), sentences(torch.float64)
+    module.double()
+
+    def run():
+        y, state = module(x)
+        loss = y.data.cos().sum() + sum(s.sin().sum() for s in flat(state))
+        return y.data, *flat(state), *torch.autograd.grad(loss, list(module.parameters()))
+
+    want = run()
+    packed_by(way, monkeypatch)
+    for got, expected in zip(run(), want, strict=True):
+        assert_close(got, expected, K=1000, T=40, scale=expected.abs().max().item())
+
+
+CUDA_WAYS = [
+    # layer, directions, layers, k1, k2
+    (functional._lstm_layer, 1, 2, 0, 0, "padding"),
+    (functional._tanh_layer, 2, 2, 0, 0, "padding"),
+    (functional._lstm_layer, 1, 2, 3, 3, "padding"),
+    (functional._lstm_layer, 1, 1, 3, 5, "padding"),
+    (functional._lstm_layer, 2, 1, 3, 3, "segments"),
+    (functional._relu_layer, 1, 1, 0, 0, "segments"),
+    (functional._projected_layer, 1, 1, 0, 0, "segments"),
+    (functional._lstm_layer, 2, 1, 3, 5, "lengths"),
+    (functional._relu_layer, 1, 1, 3, 5, "lengths"),
+    (functional._lstm_layer, 1, 2, 3, 5, "lengths"),
+]
+
+
+@pytest.mark.parametrize(("layer", "directions", "layers", "k1", "k2", "way"), CUDA_WAYS)
+def test_the_way_on_cuda(layer, directions, layers, k1, k2, way, monkeypatch):
+    monkeypatch.setattr(functional, "_on_cuda", lambda _: True)
+    args = (layer, torch.empty(0), directions, directions * layers, k1, k2)
+    assert functional._way_of_packed(*args) == way
+
+
 @pytest.mark.parametrize("truncate", [None, 5])
 @pytest.mark.parametrize("ours", [LSTM, RNN])
 def test_both_ways_give_the_same_bits(ours, truncate):
@@ -230,13 +299,15 @@ MISTAKES = {
 def test_wrong_batch_sizes(mistake, cell, monkeypatch):
     sizes, message = MISTAKES[mistake]
     monkeypatch.setattr(_native.core, "forward", lambda *_: pytest.fail("the kernel ran"))
-    x, h, w_ih, w_hh = (torch.zeros(s) for s in ((3, 4), (2, 5), (5, 4), (5, 5)))
+    gates = 4 if cell == "lstm" else 1
+    x, h, w_ih, w_hh = (torch.zeros(s) for s in ((3, 4), (2, 5), (5 * gates, 4), (5 * gates, 5)))
+    args = (w_ih, w_hh, None, None)
+    if cell == "lstm":
+        call = partial(ops.lstm_layer, x, h, h, *args, False, 0, 0, "all", sizes)
+    else:
+        call = partial(ops.rnn_layer, x, h, *args, "tanh", False, 0, 0, sizes)
     with pytest.raises(RuntimeError, match=message):
-        if cell == "lstm":
-            weights = (w.repeat(4, 1) for w in (w_ih, w_hh))
-            ops.lstm_layer(x, h, h, *weights, None, None, False, 0, 0, "all", sizes)
-        else:
-            ops.rnn_layer(x, h, w_ih, w_hh, None, None, "tanh", False, 0, 0, sizes)
+        call()
 
 
 def test_padded_input_with_batch_sizes():
@@ -246,18 +317,12 @@ def test_padded_input_with_batch_sizes():
         run_operator(case, inputs | {"x": torch.zeros(2, 2, 4)})
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("sizes", [[2, 1, 2], [2, 2, 0, 1], [1, 2, 2]], ids=str)
 @pytest.mark.parametrize("ours", [LSTM, RNN])
-def test_the_core_trusts_no_batch_sizes(ours):
+def test_the_core_trusts_no_batch_sizes(ours, sizes, grad):
     """A PackedSequence made by hand goes the short way, past the operators' checks."""
-    module = ours(4, 5)
-    for sizes in ([2, 1, 2], [2, 2, 0, 1], [3, 1, 1]):
-        x = torch.nn.utils.rnn.PackedSequence(torch.zeros(5, 4), torch.tensor(sizes))
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                if sizes == [3, 1, 1]:
-                    module(x)
-                else:
-                    with pytest.raises(
-                        (RuntimeError, ValueError), match="grow|than the one before"
-                    ):
-                        module(x)
+    module, x = ours(4, 5), PackedSequence(torch.zeros(5, 4), torch.tensor(sizes))
+    message = "never grow|none more than the one before"
+    with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError), match=message):
+        module(x)

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from . import _native, bidirectional
-from .ops import _check, _expect, _kept_shapes, _wants_and_biases, window
+from .ops import (
+    _check,
+    _expect,
+    _kept_shapes,
+    _wants_and_batch_sizes,
+    _wants_and_biases,
+    window,
+)
 
 FORMATS = {
     torch.float32: "float32",
@@ -201,7 +208,10 @@ class Layers:
         return [_finished(direction) for direction in directions]
 
     @_operator
-    def lstm_layer(self, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep):
+    def lstm_layer(
+        self, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep, batch_sizes=None
+    ):
+        _refuse_packed(batch_sizes)
         T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
         window(T, k1, k2)
         wide = state_dtype(x.dtype)
@@ -219,7 +229,10 @@ class Layers:
         return y, h_n, c_n.to(x.dtype), c, gates
 
     @_operator
-    def rnn_layer(self, x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2):
+    def rnn_layer(
+        self, x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2, batch_sizes=None
+    ):
+        _refuse_packed(batch_sizes)
         T, B, _, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
         window(T, k1, k2)
         cell = _cell(nonlinearity)
@@ -235,7 +248,8 @@ class Layers:
     def lstm_layer_backward(
         self, dy, dh_n, dc_n, dc, x, h0, c0, w_ih, w_hh, y, c, gates, reverse, k1, k2, *rest
     ):
-        wants, biases = _wants_and_biases(*rest)
+        wants, biases, batch_sizes = _wants_and_biases(*rest)
+        _refuse_packed(batch_sizes)
         states = {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
         T, B, I, H = _check(4, x, w_ih, w_hh, *biases, states)
         wide = state_dtype(x.dtype)
@@ -263,8 +277,10 @@ class Layers:
 
     @_operator
     def rnn_layer_backward(
-        self, dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *wants
+        self, dy, dh_n, x, h0, w_ih, w_hh, y, nonlinearity, reverse, k1, k2, *rest
     ):
+        wants, batch_sizes = _wants_and_batch_sizes(*rest)
+        _refuse_packed(batch_sizes)
         T, B, I, H = _check(1, x, w_ih, w_hh, None, None, {"h0": h0, "dh_n": dh_n})
         for name, tensor in {"dy": dy, "y": y}.items():
             _expect(name, tensor, (T, B, H), x)
@@ -366,6 +382,14 @@ class Layers:
             return [together]
         alone = self.native.plan(*work, 1, self.method)
         return [alone, alone] if 2 * alone.cycles < together.cycles else [together]
+
+
+def _refuse_packed(batch_sizes: Tensor | None) -> None:
+    if batch_sizes is not None:
+        raise NotImplementedError(
+            "batch_sizes is given, but rnnfast's CUDA kernels take padded sequences; "
+            "the modules pad packed ones for them"
+        )
 
 
 def _finished(direction: Generator) -> tuple:

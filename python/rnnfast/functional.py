@@ -281,8 +281,7 @@ def _run(
     batched = True
     if sequence is not None:
         x = checks.check_input(kind, sequence.data, weight, (2,))
-        batch_sizes = sequence.batch_sizes.tolist()
-        T, B = len(batch_sizes), max(batch_sizes, default=0)
+        T, B = len(sequence.batch_sizes), max(sequence.batch_sizes.tolist(), default=0)
     else:
         x = checks.check_input(kind, x, weight, (2, 3))
         if x.dim() == 2:
@@ -294,15 +293,18 @@ def _run(
     if T == 0:
         raise RuntimeError(f"{kind}: input has 0 time steps, expected at least 1")
 
-    # Where the layer is one operator, CUDA's kernels keep their sums in float32 themselves, and
-    # need no zeros to begin with.
-    by_kernels = _on_cuda(x) and sequence is None and layer is not _projected_layer
-    if hx is None and by_kernels:
-        states = [(None,) * len(sizes)] * len(groups)
-    else:
-        states = _initial_states(kind, x, hx, sequence, len(groups), B, batched, sizes, weight)
+    if hx is not None:
+        states = _given_states(kind, hx, sequence, len(groups), B, batched, sizes, weight)
     grad = _needs_grad(x, () if hx is None else hx, groups)
     k1, k2 = _truncation(kind, truncate, T, directions, len(groups), grad)
+    way = None if sequence is None else _way_of_packed(layer, x, directions, len(groups), k1, k2)
+
+    # Where the layer is one operator, CUDA's kernels keep their sums in float32 themselves, and
+    # need no zeros to begin with.
+    by_kernels = _on_cuda(x) and layer is not _projected_layer and way in (None, "padding")
+    if hx is None:
+        zeros = (None if by_kernels else x.new_zeros(B, size) for size in sizes)
+        states = [tuple(zeros)] * len(groups)
 
     dtype = x.dtype
     if not by_kernels or k1 != k2:
@@ -314,20 +316,15 @@ def _run(
     if sequence is None:
         both = _IN_ONE_LAUNCH.get(layer) if _on_cuda(x) and directions == 2 else None
         y, finals, cells = _run_layers(layer, x, states, *args, both)
-    elif (
-        not x.is_cuda and layer is not _projected_layer and (k1 == k2 or len(groups) == directions)
-    ):
-        over_rows = partial(layer, batch_sizes=sequence.batch_sizes)
-        y, finals, cells = _run_layers(over_rows, x, states, *args)
-    elif k1 == k2:
-        y, finals, cells = _run_layers(packed.over_segments(layer, batch_sizes), x, states, *args)
-    else:
+    elif way == "lengths":
         y, finals, cells = packed.by_length(
             lambda x, states: _run_layers(layer, x, states, *args),
             x,
             sequence.batch_sizes,
             states,
         )
+    else:
+        y, finals, cells = _run_layers(_PACKED[way](layer, sequence.batch_sizes), x, states, *args)
 
     if len(finals) == 1:
         state = tuple(s.unsqueeze(0) for s in finals[0])
@@ -352,10 +349,32 @@ def _run(
     return shaped_like_input(y), state, cells if cells is None else shaped_like_input(cells)
 
 
-def _initial_states(
+_PACKED = {
+    "rows": lambda layer, batch_sizes: partial(layer, batch_sizes=batch_sizes),
+    "padding": packed.over_padding,
+    "segments": packed.over_segments,
+}
+
+
+def _way_of_packed(layer: Layer, x: Tensor, directions: int, rows: int, k1: int, k2: int) -> str:
+    """How packed sequences run: a key of _PACKED, or "lengths" where layers can't one by one."""
+    one_layer = rows == directions
+    if k1 != k2 and not one_layer:
+        return "lengths"
+    if layer is not _projected_layer:
+        if not _on_cuda(x):
+            return "rows"
+        bounded, forward = layer is not _relu_layer, directions == 1
+        # A graph would keep the addresses of places that are gone when it runs.
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if bounded and (forward or not k1) and not capturing:
+            return "padding"
+    return "segments" if k1 == k2 else "lengths"
+
+
+def _given_states(
     kind: str,
-    x: Tensor,
-    hx: Sequence[Tensor] | None,
+    hx: Sequence[Tensor],
     sequence: PackedSequence | None,
     rows: int,
     B: int,
@@ -364,10 +383,6 @@ def _initial_states(
     weight: Tensor,
 ) -> list[State]:
     """The state of each of the `rows` layers and directions, in the order of the packed rows."""
-    if hx is None:
-        zeros = x.new_zeros(B, sizes[0])
-        state = (zeros if size == sizes[0] else x.new_zeros(B, size) for size in sizes)
-        return [tuple(state)] * rows
     lead = (rows, B) if batched else (rows,)
     hx = checks.check_states(kind, hx, [(*lead, size) for size in sizes], weight)
     if not batched:
@@ -464,7 +479,7 @@ def _as_computed(
     On the CPU that is bfloat16 with cell states in float32. float32 stands in for float16, and for
     bfloat16 where projected layers, which are torch's arithmetic, would round at every operation.
     """
-    if x.dtype == torch.bfloat16 and layer is not _projected_layer and not x.is_cuda:
+    if x.dtype == torch.bfloat16 and layer is not _projected_layer and not _on_cuda(x):
         return x, [(h, *_float(cell)) for h, *cell in states], groups
     if x.dtype in checks.HALF_DTYPES:
         return x.float(), [_float(s) for s in states], [_float(group) for group in groups]

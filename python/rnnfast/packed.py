@@ -1,12 +1,19 @@
 """Packed sequences: a Layer over rows of unequal length, from a Layer over rows of equal length.
 
-The data of a PackedSequence lies step after step, longest sequence first. Wherever the number of
-running sequences stays the same for a while the data is an ordinary (T, B, I) tensor in place. So a
-layer runs segment by segment, between which sequences leave (or, in reverse, enter) the batch with
-their states. Against padding: no arithmetic is spent on padding, no state runs on past the end of
-its sequence (where an RNN with relu may overflow and poison the weight gradients with 0 * inf), and
-a reverse direction needs no flips. The price is one operator call per segment: at most one more
-than there are distinct lengths, times the blocks if truncated.
+The data of a PackedSequence lies step after step, longest sequence first. The CPU's kernels take
+it as it is; this file is for those that don't.
+
+`over_padding`, for a GPU: a step that is there anyway costs nothing more for the rows of sequences
+that have ended. Each direction has its padding where sequences are over, so that all of them begin
+at the first step, and what runs on is dropped.
+
+`over_segments`: wherever the number of running sequences stays the same for a while the data is an
+ordinary (T, B, I) tensor in place. So a layer runs segment by segment, between which sequences
+leave (or, in reverse, enter) the batch with their states. No state runs on past the end of its
+sequence, and any step may be the first. The price is one operator call per segment: at most one
+more than there are distinct lengths, times the blocks if truncated.
+
+`by_length`, for whole stacks that are cut with k2 > k1.
 """
 
 from __future__ import annotations
@@ -26,13 +33,52 @@ from .stack import Layer, State
 Result = tuple[Tensor, list[State], list[Tensor | None]]  # as stack.run gives it
 
 
-def over_segments(layer: Layer, batch_sizes: list[int]) -> Layer:
-    """The Layer that runs `layer` on packed data (N, I) instead of (T, B, I).
+def over_padding(layer: Layer, batch_sizes: Tensor) -> Layer:
+    """The Layer that runs `layer` on packed data (N, I) instead of (T, B, I), padded.
 
-    batch_sizes: the number of running sequences at each step, which never grows. Truncation is
-    understood with k1 = k2 only: windows are blocks then, and cutting segments at their borders
-    does it.
+    Of a cell whose states stay finite whatever runs on, or else gradients of weights may become
+    0 * inf. The state may hold None, if `layer` takes it for zeros. Truncation is understood
+    forward in time only: in reverse, blocks would be counted from the padding.
     """
+    T, B = len(batch_sizes), int(batch_sizes[0])
+    lengths = (batch_sizes > torch.arange(B)[:, None]).sum(1)
+    time = torch.arange(T).repeat_interleave(batch_sizes)
+    row = torch.cat([torch.arange(int(n)) for n in batch_sizes])
+    places = {}  # of the packed rows, and of those with a sequence's last step, among T * B
+
+    def places_in(reverse: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        if reverse not in places:
+            begins = T - lengths if reverse else torch.zeros_like(lengths)
+            ends = begins if reverse else lengths - 1
+            both = (begins[row] + time) * B + row, ends * B + torch.arange(B)
+            places[reverse] = tuple(p.to(device, non_blocking=True) for p in both)
+        return places[reverse]
+
+    def run(
+        x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
+    ) -> tuple[Tensor, State, Tensor | None]:
+        rows, last = places_in(reverse, x.device)
+        padded = x.new_zeros(T * B, x.shape[1]).index_copy(0, rows, x).view(T, B, -1)
+        keep = "cells" if keep == "nothing" else keep  # for the last ones
+        y, final, c = layer(padded, state, w, reverse, k1, k2, keep)
+        y = y.flatten(0, 1)
+        h_n, y = y.index_select(0, last), y.index_select(0, rows)
+        if c is None:
+            return y, (h_n,), None
+        c = c.flatten(0, 1)
+        c_n = c.index_select(0, last).to(final[1].dtype)
+        return y, (h_n, c_n), c.index_select(0, rows)
+
+    return run
+
+
+def over_segments(layer: Layer, batch_sizes: Tensor) -> Layer:
+    """The Layer that runs `layer` on packed data (N, I) instead of (T, B, I), in segments.
+
+    Truncation is understood with k1 = k2 only: windows are blocks then, and cutting segments at
+    their borders does it.
+    """
+    batch_sizes = batch_sizes.tolist()
 
     def run(
         x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str

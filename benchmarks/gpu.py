@@ -145,6 +145,32 @@ def truncated() -> dict[str, Any]:
     return {"name": "tbptt", "backward": milliseconds(calls)}
 
 
+def sentences() -> dict[str, Any]:
+    """A layer in both directions over packed sentences of 5 to 60 words."""
+    H, D, B = 256, 2, 64
+    lengths = [random.Random(n).randint(5, 60) for n in range(B)]
+    words = [torch.randn(n, H, device="cuda", dtype=torch.bfloat16) for n in lengths]
+    x = torch.nn.utils.rnn.pack_sequence(words, enforce_sorted=False)
+    options = {"bidirectional": D == 2, "device": "cuda", "dtype": torch.bfloat16}
+    pair = zip(("ours", "torch"), MODULES["lstm"], strict=True)
+    modules = {name: cls(H, H, **options) for name, cls in pair}
+
+    def forward(module):
+        with torch.no_grad():
+            return module(x)[0]
+
+    def train(module):
+        y = module(x)[0].data
+        y.backward(torch.ones_like(y))
+
+    calls = {"forward": forward, "forward + backward": train}
+    timed = {
+        what: milliseconds({n: lambda m=m, c=call: c(m) for n, m in modules.items()})
+        for what, call in calls.items()
+    }
+    return {"name": "packed", "B": B, "H": H, "D": D, "lengths": lengths} | timed
+
+
 def bench(out: Path, seconds: float) -> None:
     """Measure until the time is up, writing as it goes."""
     until = time.monotonic() + seconds
@@ -171,6 +197,7 @@ def bench(out: Path, seconds: float) -> None:
             break
         if n == 3:
             attempt("tbptt", truncated, lambda value: results.update(tbptt=value))
+            attempt("packed", sentences, lambda value: results.update(packed=value))
         attempt(point, lambda p=point: measure(p), results["points"].append)
     results["points left out"] = len(work) - len(results["points"]) - len(results["errors"])
     out.write_text(json.dumps(results, indent=1))

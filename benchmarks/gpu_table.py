@@ -37,6 +37,9 @@ def gather(folder: Path) -> None:
     if "tbptt" in results:
         taken = results["tbptt"]["backward"]
         print(f"{'TBPTT 64 over 16,384':32} {'backward':18} {taken['torch'] / taken['ours']:6.2f}x")
+    for what in whats if "packed" in results else ():
+        taken = results["packed"][what]
+        print(f"{'packed sentences':32} {what:18} {taken['torch'] / taken['ours']:6.2f}x")
     grid = [point for point in points if point["name"] == "grid"]
     for what in whats:
         ratios = [point[what]["torch"] / point[what]["ours"] for point in grid]

@@ -20,6 +20,7 @@ from made_up import constant_timing, made_up_run
 from benchmarks import (
     counts,
     halved,
+    packed,
     peers,
     pictures,
     report,
@@ -633,3 +634,33 @@ def test_a_loop_with_other_gradients_is_not_timed(monkeypatch):
     monkeypatch.setattr(truncated, "detached", lambda state: state)
     with pytest.raises(AssertionError, match="not close"):
         truncated.main(["--shapes", "LSTM:9,2,3,5", "--k", "3", "--rounds", "2"])
+
+
+def test_packed_end_to_end(tmp_path, capsys):
+    batches = ["LSTM:3,1..5,3,4,2", "RNN:2,2..2,3,4,1"]
+    file = tmp_path / "packed.json"
+    assert packed.main(["--batches", *batches, "--rounds", "2", "--json", str(file)]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [b for b in batches for _ in range(2)]
+    assert [line.split()[1] for line in lines[2:]] == ["100%", "100%"]
+    stored = json.loads(file.read_text())
+    assert stored["environment"]["rnnfast"]
+    assert [row["batch"] for row in stored["rows"]] == [b for b in batches for _ in range(2)]
+    assert {len(blocks) for row in stored["rows"] for blocks in row["seconds"].values()} == {2}
+
+
+def test_packed_sequences_that_disagree_are_not_timed(monkeypatch):
+    class Wrong(torch.nn.RNN):
+        def forward(self, x):
+            y, h = super().forward(x)
+            return (y._replace(data=2 * y.data) if hasattr(y, "batch_sizes") else y), h
+
+    monkeypatch.setattr(packed.rnnfast, "RNN", Wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        packed.main(["--batches", "RNN:3,1..5,3,4,1", "--rounds", "2"])
+
+
+@pytest.mark.parametrize("text", ["GRU:3,1..5,3,4,1", "RNN:3,5,3,4,1", "RNN:3,1..5,3,4,3"])
+def test_what_is_no_batch_of_sequences(text):
+    with pytest.raises(ValueError, match="is no batch"):
+        packed.Batch.parse(text)

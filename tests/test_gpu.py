@@ -13,6 +13,7 @@ import torch
 from by_layers import by_layers
 from one_layer import Case, assert_results, by_reference
 from rnnfast import LSTM, RNN, _native, cuda_direct, cuda_ops, direct, functional
+from torch.nn.utils.rnn import pack_sequence
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _native.cuda is None, reason="needs a GPU and CUDA kernels"
@@ -126,6 +127,25 @@ def test_directions_side_by_side_are_those_one_after_the_other(cls, truncate, H,
     together = results()
     monkeypatch.setattr(functional, "_IN_ONE_LAUNCH", {})
     torch.testing.assert_close(together, results())
+
+
+@pytest.mark.parametrize("truncate", [None, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cls", [LSTM, RNN])
+def test_packed_sequences(cls, bidirectional, truncate):
+    options = {"num_layers": 2, "bidirectional": bidirectional, "truncate": truncate}
+    module = cls(7, 33, **options, dtype=torch.float64)
+    sequences = [torch.randn(n, 7, dtype=torch.float64) for n in (3, 40, 1, 12, 40)]
+
+    def results(device):
+        module.to(device)
+        y, state = module(pack_sequence([s.to(device) for s in sequences], enforce_sorted=False))
+        state = state if cls is LSTM else (state,)
+        loss = sum(values.sin().sum() for values in (y.data, *state))
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        return [values.cpu() for values in (y.data, *state, *gradients)]
+
+    torch.testing.assert_close(results("cuda"), results("cpu"))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -71,7 +71,7 @@ class LSTM(_Sequence, torch.nn.LSTM):
 
     Takes torch.nn.LSTM's arguments and two more keywords, truncate: k or (k1, k2), and memory:
     "normal" or "low", see `rnnfast.functional.lstm`, which also lists shapes, dtypes and errors.
-    Same seed, same weights. PackedSequence and proj_size > 0 are computed right but slower.
+    Same seed, same weights. proj_size > 0 is computed right but slower.
     Hochreiter & Schmidhuber 1997.
     """
 
@@ -115,7 +115,7 @@ class RNN(_Sequence, torch.nn.RNN):
 
     Takes torch.nn.RNN's arguments and one more keyword, truncate: k or (k1, k2), see
     `rnnfast.functional.lstm`, which also lists shapes, dtypes and errors. Same seed, same weights.
-    PackedSequence is computed right but slower. Elman 1990.
+    Elman 1990.
     """
 
     def forward(

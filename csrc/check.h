@@ -9,7 +9,7 @@
 
 namespace rnnfast {
 
-enum class Status { ok, bad_size, bad_offsets, missing_argument, bad_truncation };
+enum class Status { ok, bad_size, bad_offsets, missing_argument, bad_truncation, overlapping_windows };
 
 inline const char* message(Status status) {
   switch (status) {
@@ -17,6 +17,7 @@ inline const char* message(Status status) {
     case Status::bad_offsets: return "steps must have from 1 to B rows, the first one B, and none more than the one before";
     case Status::missing_argument: return "an array that this operation needs is missing";
     case Status::bad_truncation: return "truncation must satisfy 1 <= k1 <= T and k1 <= k2 <= ceil(T / k1) * k1";
+    case Status::overlapping_windows: return "windows of a projected layer must not overlap: k1 = k2";
     case Status::ok: break;
   }
   return "ok";
@@ -31,6 +32,9 @@ inline bool countable(const LayerShape& shape) {
 
 inline Status check(const LayerShape& shape) {
   if (shape.T < 0 || shape.B < 0 || shape.I < 0 || shape.H < 1 || shape.threads < 1)
+    return Status::bad_size;
+  // A projection to more numbers than there are is nobody's; scratch of H numbers holds one of P.
+  if (shape.projection < 0 || shape.projection > shape.H || (shape.projection > 0 && shape.cell != Cell::lstm))
     return Status::bad_size;
   if (!countable(shape)) return Status::bad_size;
   if (shape.offsets && shape.first_row(0) != 0) return Status::bad_offsets;
@@ -48,7 +52,7 @@ Status check(const LayerForward<Storage>& layer) {
   if (empty) return Status::ok;
   if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y) return Status::missing_argument;
   if (lstm && (!layer.c0 || !layer.c_n)) return Status::missing_argument;
-  return Status::ok;
+  return shape.projection > 0 && !layer.w_hr ? Status::missing_argument : Status::ok;
 }
 
 template <class Storage>
@@ -65,6 +69,10 @@ Status check(const LayerBackward<Storage>& layer) {
   if ((!layer.x && shape.I > 0) || !layer.h0 || !layer.y)
     return Status::missing_argument;
   if (lstm && (!layer.c0 || !layer.c)) return Status::missing_argument;
+  if (shape.projection > 0) {
+    if (!layer.w_hr || (layer.dw_hr && !layer.m)) return Status::missing_argument;
+    if (layer.k2 > layer.k1) return Status::overlapping_windows;
+  }
   if (layer.k1 < shape.T && !layer.da) return Status::missing_argument;
   if (layer.k2 > layer.k1) {
     constexpr bool rounds = !std::is_same_v<Storage, RealOf<Storage>>;

@@ -8,6 +8,8 @@
 // Sizes   T steps, B batch rows, I input, H hidden units, G gates of the cell (LSTM 4, RNN 1).
 // Packed  Sequences may end early: the longest come first, and a step has a row for each that still runs. Where a
 //         shape has offsets, (T, B, ...) below stands for (N, ...): these N rows, step after step, without padding.
+// Projected LSTM: h is W_hr (o tanh(c)), of P numbers, not H. Where a shape has a projection, P stands in the place of
+//         H in the sizes of y, h0, h_n, W_hh's rows and their gradients.
 // Gates   stand in torch's order i, f, g, o, so a row of 4H holds i(0..H), f(0..H), g(0..H), o(0..H).
 // Steps   t is the index into the arrays; p counts steps in processing order: p = t, or p = T-1-t for
 //         a layer that runs in reverse. "Previous" always means previous in processing order.
@@ -46,6 +48,9 @@ struct LayerShape {
   bool reverse;  // run t = T-1 .. 0
   int threads;   // at most this many threads, >= 1
   const Index* offsets = nullptr;  // packed: (T + 1), the first row of every step, and N; else null
+  Index projection = 0;            // P of a projected LSTM; 0: h is not projected
+
+  Index h_size() const { return projection > 0 ? projection : H; }
 
   // Rows of step t, none before the first and after the last: batch rows [0, rows_at(t)) run.
   Index rows_at(Index t) const {
@@ -84,7 +89,11 @@ struct LayerForward {
   Real* c;       // saved   (T, B, H)       LSTM: cell state of every step; null: not kept
   Real* gates;   // saved   (T, B, 4, H)    LSTM: i, f, g, o after their nonlinearities; null: not kept
 
-  bool halve_w_hh;  // float only: use w_hh rounded to bfloat16, and keep it so: half the bytes a step
+  // Projected only, else null.
+  const Storage* w_hr = nullptr;  // input  (P, H)
+  Storage* m = nullptr;           // saved  (T, B, H)  o tanh(c), which is projected; null: not kept
+
+  bool halve_w_hh = false;  // float only: use w_hh rounded to bfloat16, and keep it so: half the bytes a step
 };
 
 // One layer, one direction, backward, truncated or not.
@@ -130,6 +139,11 @@ struct LayerBackward {
   // Only where an LSTM's gates are computed again, from x and y.
   const Storage* b_ih;  // input   (4*H)       may be null: zero
   const Storage* b_hh;  // input   (4*H)       may be null: zero
+
+  // Projected only, else null. Windows must not overlap then: k1 = k2.
+  const Storage* w_hr = nullptr;  // input   (P, H)
+  const Storage* m = nullptr;     // saved   (T, B, H)
+  Storage* dw_hr = nullptr;       // output  (P, H)    may be null: not wanted
 };
 
 // The recurrence alone, for a backend that leaves the products over all steps to somebody else's GEMM.

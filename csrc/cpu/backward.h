@@ -8,6 +8,9 @@
 // after it fixes the order. Rows that do not run at a step, as their sequence or window does not reach so far, are
 // left out.
 //
+// Where h is projected, dh goes through W_hr before it comes to the cell, so a step is two products, one after the
+// other.
+//
 // A single window goes by in chunks of steps, recurrence and products in turn: da, the largest array of all,
 // is then used while it is in cache, and never stored for the whole sequence. Gates that were not kept are
 // computed again the same way, at the beginning of their chunk.
@@ -29,11 +32,13 @@ struct WindowRow {
   Index index;
   bool inside;            // it runs at this step; else this is the step before its sequence's first
   bool arrives;           // something comes from the step after
+  bool has_sums;          // of a product; else there is none yet
   const Storage *dy, *dh_n;  // the losses' part, where they count for this window
   const Real *dc, *dc_n;
   const Real *gates, *c, *c_prev;  // saved by an LSTM
   const Storage* h;                // saved by an RNN
   Storage* da;
+  Storage* dh;   // where h is projected: its gradient, complete
   Real* da_sum;  // where windows overlap: the sum over windows
   Real* dc_carry;  // dc on its way to the step before
 };
@@ -43,11 +48,11 @@ RNNFAST_INLINE void add_if(Vec<RealOf<Storage>>& sum, const Storage* from, Index
   if (from) sum = sum + load(from + unit, lanes);
 }
 
-// dh of one vector of units: what arrives from the step after, from y, and from h_n.
+// dh of one vector: what arrives from the step after, from y, and from h_n.
 template <class Storage, class Real = RealOf<Storage>>
 RNNFAST_INLINE Vec<Real> arriving_dh(const WindowRow<Storage>& row, Index unit, Index lanes,
                                      const Real* sums) {
-  Vec<Real> dh = row.arrives ? Vec<Real>::load(sums) : Vec<Real>(Real(0));
+  Vec<Real> dh = row.has_sums ? Vec<Real>::load(sums) : Vec<Real>(Real(0));
   add_if(dh, row.dy, unit, lanes);
   add_if(dh, row.dh_n, unit, lanes);
   return dh;
@@ -141,11 +146,12 @@ struct BackwardScratch {
   RowRing<Storage> da;   // (rows, G*H)  of all steps, or of the chunk in work and the one before it
   RowRing<Real> sums;    // of da over windows that overlap: da itself, or where it is added up before rounding
   RowRing<Real> gates;   // (rows, 4*H)  of all steps, or of the chunk in work; none where they were kept
+  RowRing<Storage> dh;   // (rows, P)    where h is projected, as da
   const Storage** previous;  // (rows of all steps): as find_previous() gives it
   Storage* zeros;        // (G*H): the da of a step outside of its window
-  Real* dh_start;        // (windows that may reach the start, B, H): their gradient of h0
-  Real* dc_start;        // likewise of c0
-  Real *dw_ih, *dw_hh, *db;  // weight gradients until all steps are added up
+  Real* dh_start;        // (windows that may reach the start, B, H or P): their gradient of h0
+  Real* dc_start;        // (the same, B, H): of c0
+  Real *dw_ih, *dw_hh, *dw_hr, *db;  // weight gradients until all steps are added up
 };
 
 // Row n of windows is batch row n % B of window n / B. This thread's part of them, by the steps they run for.
@@ -166,18 +172,18 @@ Part part_of(const Team& team, const Plan& plan, const LayerBackward<Storage>& l
 
 // The recurrence of one thread's part, over kernel steps [steps.begin, steps.end), the last one first.
 template <class Storage, class CellLayer, class Right>
-void recur_back(Team& team, const Part& part, bool meets, const LayerBackward<Storage>& layer,
-                const Truncation& truncation, const CellLayer& cells, const Right& w_hh, Range steps,
+void recur_back(Team& team, const Part& part, bool shares_units, const LayerBackward<Storage>& layer,
+                const Truncation& truncation, const CellLayer& cells, const Right& w_hh, const Right& w_hr, Range steps,
                 const BackwardScratch<Storage>& scratch, RealOf<Storage>* buffer) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
   using Row = WindowRow<Storage>;
   constexpr Index width = Vec<Real>::width;
   const LayerShape& shape = layer.shape;
-  const Index B = shape.B, H = shape.H, GH = CellLayer::gates * H;
+  const Index B = shape.B, H = shape.H, P = shape.h_size(), GH = CellLayer::gates * H;
   const Index window_rows = truncation.blocks() * B;
-  const bool overlapping = layer.k2 > layer.k1;
-  const Columns<Element>& columns = w_hh.columns;
+  const bool overlapping = layer.k2 > layer.k1, projected = shape.projection > 0;
+  const bool meets = shares_units || overlapping;
 
   const auto is_inside = [&](Index s, Index j, Index p) {
     return s >= 0 && s < layer.k2 && p >= 0 && p < truncation.block_end(j);
@@ -205,13 +211,15 @@ void recur_back(Team& team, const Part& part, bool meets, const LayerBackward<St
     at.index = j * B + b;
     at.inside = is_inside(s, j, p) && b < shape.rows_at(t);
     at.arrives = is_inside(s + 1, j, p + 1) && goes_on;
+    at.has_sums = at.arrives;
     at.dc_carry = cells.dc_carry ? cells.dc_carry + at.index * H : nullptr;
     if (at.inside) {
-      const Index row = shape.first_row(t) + b, here = row * H;
+      const Index row = shape.first_row(t) + b;
       const bool counts = p >= truncation.block_begin(j), final = counts && !goes_on;
-      at.dy = counts && layer.dy ? layer.dy + here : nullptr;
-      at.dc = counts && layer.dc ? layer.dc + here : nullptr;
-      at.dh_n = final && layer.dh_n ? layer.dh_n + b * H : nullptr;
+      at.dy = counts && layer.dy ? layer.dy + row * P : nullptr;
+      at.dc = counts && layer.dc ? layer.dc + row * H : nullptr;
+      at.dh_n = final && layer.dh_n ? layer.dh_n + b * P : nullptr;
+      at.dh = projected ? scratch.dh.at(row) : nullptr;
       at.dc_n = final && layer.dc_n ? layer.dc_n + b * H : nullptr;
       at.da = da_row(s, j, t, b);
       at.da_sum = overlapping ? scratch.sums.at(row) : nullptr;
@@ -227,40 +235,84 @@ void recur_back(Team& team, const Part& part, bool meets, const LayerBackward<St
   }
 
   const Range windows = B > 0 ? Range{part.rows.begin / B, ceil_div(part.rows.end, B)} : Range{};
-  for (Index s = steps.end - 1; s >= steps.begin; --s) {
-    for_each_block(windows, [&](Index j) { return own_rows_of(s, j); }, [&](Index count, const GroupRow* rows) {
+  // Multiplies the rows of step s: left_of(group row, at) finds each, and what it is multiplied with; then
+  // finish(at, unit, lanes, sums) is called for vectors of the columns.
+  const auto multiply_step = [&](Index s, const Right& right, Range vectors, bool has_sums, auto&& left_of,
+                                 auto&& prefetch, auto&& finish) {
+    const Columns<Element>& columns = right.columns;
+    const auto own_rows = [&](Index j) { return own_rows_of(s, j); };
+    for_each_block(windows, own_rows, [&](Index count, const GroupRow* rows) {
       Row at[row_block];
       const Element* a[row_block];
       Real* sums[row_block];
       for (Index r = 0; r < count; ++r) {
-        a[r] = as_elements(find_row(s, rows[r].group, rows[r].row, at[r]));
+        a[r] = as_elements(left_of(rows[r], at[r]));
         sums[r] = buffer + r * panel_width<Element>;
       }
-      for_each_piece(columns, part.unit_vectors, s % 2 == 1, [&](Piece piece) {
+      for_each_piece(columns, vectors, s % 2 == 1, [&](Piece piece) {
         const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
           for (Index r = 0; r < count; ++r)
             for (Index v = 0; v < piece.vectors; ++v)
               visit(r, sums[r] + v * width, columns.column(piece.panel, piece.first + v));
         };
-        for_each_cell([&](Index r, const Real*, Index unit) RNNFAST_LAMBDA {
-          if (at[r].inside) cells.prefetch(at[r], unit);
-        });
-        if (s + 1 < layer.k2) w_hh.multiply(count, piece, a, {sums, width, false});
+        for_each_cell([&](Index r, const Real*, Index unit) RNNFAST_LAMBDA { prefetch(at[r], unit); });
+        if (has_sums) right.multiply(count, piece, a, {sums, width, false});
         for_each_cell([&](Index r, const Real* sum, Index unit) RNNFAST_LAMBDA {
-          if (at[r].inside) {
-            if (H - unit >= width)
-              cells(at[r], unit, width, sum);
-            else
-              cells(at[r], unit, H - unit, sum);
-          } else {
-            const Index to = at[r].index * H + unit, lanes = std::min(width, H - unit);
-            Vec<Real>::load(sum).store(scratch.dh_start + to, lanes);
-            if (const Real* dc = at[r].dc_carry)
-              Vec<Real>::load(dc + unit, lanes).store(scratch.dc_start + to, lanes);
-          }
+          const Index lanes = columns.units - unit;
+          if (lanes >= width)
+            finish(at[r], unit, width, sum);
+          else
+            finish(at[r], unit, lanes, sum);
         });
       });
     });
+  };
+  const auto start_dh = [&](const Row& at, Index unit, Index lanes, const Real* sums) RNNFAST_LAMBDA {
+    Vec<Real>::load(sums).store(scratch.dh_start + at.index * P + unit, lanes);
+  };
+  const auto start_dc = [&](const Row& at, Index unit, Index lanes) RNNFAST_LAMBDA {
+    if (at.dc_carry)
+      Vec<Real>::load(at.dc_carry + unit, lanes).store(scratch.dc_start + at.index * H + unit, lanes);
+  };
+  const auto prefetch_cell = [&](const Row& at, Index unit) RNNFAST_LAMBDA {
+    if (at.inside) cells.prefetch(at, unit);
+  };
+  const Index P_vectors = ceil_div(P, width);
+  for (Index s = steps.end - 1; s >= steps.begin; --s) {
+    const bool has_sums = s + 1 < layer.k2;
+    if (!projected) {
+      multiply_step(
+          s, w_hh, part.unit_vectors, has_sums,
+          [&](GroupRow row, Row& at) { return find_row(s, row.group, row.row, at); }, prefetch_cell,
+          [&](const Row& at, Index unit, Index lanes, const Real* sums) RNNFAST_LAMBDA {
+            if (at.inside) return cells(at, unit, lanes, sums);
+            start_dh(at, unit, lanes, sums);
+            start_dc(at, unit, lanes);
+          });
+    } else {
+      multiply_step(
+          s, w_hh, shares_units ? team.share(P_vectors) : Range{0, P_vectors}, has_sums,
+          [&](GroupRow row, Row& at) { return find_row(s, row.group, row.row, at); },
+          [](const Row&, Index) RNNFAST_LAMBDA {},
+          [&](const Row& at, Index unit, Index lanes, const Real* sums) RNNFAST_LAMBDA {
+            if (at.inside) return store(arriving_dh(at, unit, lanes, sums), at.dh + unit, lanes);
+            start_dh(at, unit, lanes, sums);
+          });
+      if (shares_units) team.barrier();
+      multiply_step(
+          s, w_hr, part.unit_vectors, true,
+          [&](GroupRow row, Row& at) -> const Storage* {
+            find_row(s, row.group, row.row, at);
+            at.has_sums = true;
+            at.dy = at.dh_n = nullptr;  // in dh already
+            return at.inside ? at.dh : scratch.zeros;
+          },
+          prefetch_cell,
+          [&](const Row& at, Index unit, Index lanes, const Real* sums) RNNFAST_LAMBDA {
+            if (at.inside) return cells(at, unit, lanes, sums);
+            start_dc(at, unit, lanes);
+          });
+    }
     if (meets && s > steps.begin) team.barrier();
   }
 }
@@ -308,13 +360,22 @@ void products(Team& team, const StepInputs<Storage>& inputs, bool accumulate,
         own.size(), [&](Index m) { return da_of(own.begin + m); }, w_ih, vectors,
         [&](Index m) { return layer.dx + (inputs.rows.begin + own.begin + m) * I; });
   }
+  if (layer.dw_hr) {
+    const auto dh_of = [&](Index k) -> const Storage* { return scratch.dh.at(inputs.rows.begin + k); };
+    const auto m_of = [&](Index k) -> const Storage* { return layer.m + (inputs.rows.begin + k) * H; };
+    const auto nothing_of = [&](Index) -> const Storage* { return nullptr; };
+    weight_gradients<Element>(team.share(layer.shape.h_size()), rows, dh_of,
+                              GradientInput<Element, decltype(m_of)>{H, m_of, scratch.dw_hr},
+                              GradientInput<Element, decltype(nothing_of)>{0, nothing_of, nullptr}, nullptr,
+                              accumulate, blocks);
+  }
   if (!layer.dw_ih && !layer.dw_hh) return;
   const auto x_of = [&](Index k) { return inputs.x(k); };
   const auto h_prev_of = [&](Index k) { return inputs.h_prev(k); };
   weight_gradients<Element>(
       team.share(GH), rows, da_of,
       GradientInput<Element, decltype(x_of)>{layer.dw_ih ? I : 0, x_of, scratch.dw_ih},
-      GradientInput<Element, decltype(h_prev_of)>{layer.dw_hh ? H : 0, h_prev_of, scratch.dw_hh}, scratch.db,
+      GradientInput<Element, decltype(h_prev_of)>{layer.dw_hh ? layer.shape.h_size() : 0, h_prev_of, scratch.dw_hh}, scratch.db,
       accumulate, blocks);
 }
 
@@ -345,32 +406,36 @@ void run_backward(const LayerBackward<Storage>& layer) {
   constexpr Index gates = CellLayer::gates;
   const LayerShape& shape = layer.shape;
   const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, N = shape.rows();
-  const Index GH = gates * H;
+  const Index GH = gates * H, P = shape.h_size();
+  const bool projected = shape.projection > 0;
   const Truncation truncation{T, layer.k1, layer.k2, shape.reverse};
   const Index window_rows = truncation.blocks() * B;
   // In reverse, packed sequences begin in one window or another.
   const bool starts_anywhere = shape.offsets && shape.reverse;
   const Index windows_to_start = starts_anywhere ? truncation.blocks() : truncation.windows_to_start();
   const Index starts = windows_to_start * B;
-  const Columns<Element> hidden{H, 1}, input{I, 1};
+  const Columns<Element> hidden{P, 1}, input{I, 1}, cell{projected ? H : 0, 1};
   const Plan plan =
       plan_backward(shape, layer.k1, layer.k2, layer.dx != nullptr, engine<Element>());
   const bool pack = terms_in<Element> > 1 || plan.pack;
 
   // Without packing, only a last panel that is not full.
-  const auto packed_size = [&](const Columns<Element>& columns) {
-    return Packed<Element>::size(pack ? columns : Columns<Element>{1, 1}, GH);
+  const auto packed_size = [&](const Columns<Element>& columns, Index k_count) {
+    return Packed<Element>::size(pack ? columns : Columns<Element>{1, 1}, k_count);
   };
-  const Index ih_count = layer.dx ? packed_size(input) : 0;
-  const Index hh_count = packed_size(hidden);
+  const Index ih_count = layer.dx ? packed_size(input, GH) : 0;
+  const Index hh_count = packed_size(hidden, GH);
+  const Index hr_count = projected ? packed_size(cell, P) : 0;
   const Index carry_count = gates == 4 ? window_rows * H : 0;
   const bool whole = layer.k1 < T;  // several windows take each step all over the sequence
   const bool overlapping = layer.k2 > layer.k1;
   const Index chunk = whole ? N : std::min(chunk_rows<Storage>(shape, GH), N);
   const Index ring = std::min(2 * chunk, N);
   const Index da_count = whole ? 0 : ring * GH;
+  const Index dh_count = projected ? ring * P : 0;
   const Index dw_ih_count = rounds && layer.dw_ih ? GH * I : 0;
-  const Index dw_hh_count = rounds && layer.dw_hh ? GH * H : 0;
+  const Index dw_hh_count = rounds && layer.dw_hh ? GH * P : 0;
+  const Index dw_hr_count = rounds && layer.dw_hr ? P * H : 0;
   const Index db_count = rounds && layer.db ? GH : 0;
   GateRecompute<Storage> recompute(layer);
   // Each da may take the place of its gate, if it is as large and no other window reads the gate.
@@ -381,18 +446,21 @@ void run_backward(const LayerBackward<Storage>& layer) {
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
   Workspace& workspace = Workspace::with_room(
       Workspace::bytes_for<Element>(ih_count) + Workspace::bytes_for<Element>(hh_count) +
-      Workspace::bytes_for<Storage>(GH) + 2 * bytes(starts * H) + bytes(carry_count) +
-      Workspace::bytes_for<Storage>(da_count) + bytes(gates_count) + recompute.bytes() +
-      bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(db_count) + bytes(buffer_count * plan.threads) +
+      Workspace::bytes_for<Element>(hr_count) + Workspace::bytes_for<Storage>(GH) + bytes(starts * P) +
+      bytes(starts * H) + bytes(carry_count) + Workspace::bytes_for<Storage>(da_count) +
+      Workspace::bytes_for<Storage>(dh_count) + bytes(gates_count) + recompute.bytes() +
+      bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(dw_hr_count) + bytes(db_count) + bytes(buffer_count * plan.threads) +
       Workspace::bytes_for<const Storage*>(N));
   Element* packed_ih = workspace.take<Element>(ih_count);
   Element* packed_hh = workspace.take<Element>(hh_count);
+  Element* packed_hr = workspace.take<Element>(hr_count);
   BackwardScratch<Storage> scratch{};
   scratch.zeros = workspace.take<Storage>(GH);
-  scratch.dh_start = workspace.take<Real>(starts * H);
+  scratch.dh_start = workspace.take<Real>(starts * P);
   scratch.dc_start = workspace.take<Real>(starts * H);
   Real* dc_carry = workspace.take<Real>(carry_count);
   scratch.da = {whole ? layer.da : workspace.take<Storage>(da_count), ring, GH};
+  scratch.dh = {workspace.take<Storage>(dh_count), ring, P};
   scratch.gates = {workspace.take<Real>(gates_count), chunk, GH};
   scratch.previous = workspace.take<const Storage*>(N);
   recompute.take(workspace);
@@ -400,27 +468,29 @@ void run_backward(const LayerBackward<Storage>& layer) {
     scratch.sums = {layer.da_sums, N, GH};
     scratch.dw_ih = workspace.take<Real>(dw_ih_count);
     scratch.dw_hh = workspace.take<Real>(dw_hh_count);
+    scratch.dw_hr = workspace.take<Real>(dw_hr_count);
     scratch.db = layer.db ? workspace.take<Real>(db_count) : nullptr;
   } else {
     scratch.sums = scratch.da;
     if (!own_gates) scratch.gates = scratch.da;
     scratch.dw_ih = layer.dw_ih;
     scratch.dw_hh = layer.dw_hh;
+    scratch.dw_hr = layer.dw_hr;
     scratch.db = layer.db;
   }
   Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
   std::fill(scratch.zeros, scratch.zeros + GH, Storage{});
   find_previous(shape, layer.y, layer.h0, scratch.previous);
   if (starts_anywhere) {
-    std::fill(scratch.dh_start, scratch.dh_start + starts * H, Real(0));
+    std::fill(scratch.dh_start, scratch.dh_start + starts * P, Real(0));
     std::fill(scratch.dc_start, scratch.dc_start + starts * H, Real(0));
   }
 
-  const auto run = [&](Team& team, const auto& w_ih, const auto& w_hh) {
+  const auto run = [&](Team& team, const auto& w_ih, const auto& w_hh, const auto& w_hr) {
     Real* buffer = buffers + team.rank * buffer_count;
     const CellLayer cells{layer, gates == 4 ? dc_carry : nullptr, scratch.gates};
-    const Part part = part_of(team, plan, layer, truncation, hidden.unit_vectors());
-    const bool meets = plan.split == Split::units || overlapping;
+    const Part part = part_of(team, plan, layer, truncation, ceil_div(H, Index(Vec<Real>::width)));
+    const bool shares_units = plan.split == Split::units;
     for (Index end = T; end > 0;) {
       const Index begin =
           end - steps_within(chunk, end, [&](Index n) { return shape.rows_at(shape.time(end - 1 - n)); });
@@ -431,7 +501,7 @@ void run_backward(const LayerBackward<Storage>& layer) {
         recompute.run(team, inputs, scratch.gates, buffer);
         team.barrier();
       }
-      recur_back(team, part, meets, layer, truncation, cells, w_hh, steps, scratch, buffer);
+      recur_back(team, part, shares_units, layer, truncation, cells, w_hh, w_hr, steps, scratch, buffer);
       // Everybody's da is there; and nobody reads the chunk before, whose place the next one takes.
       team.barrier();
       if (rounds && overlapping) {
@@ -442,13 +512,14 @@ void run_backward(const LayerBackward<Storage>& layer) {
       end = begin;
     }
     if (layer.dh0)
-      add_starts(team, windows_to_start, B * H, scratch.dh_start, layer.dh0);
+      add_starts(team, windows_to_start, B * P, scratch.dh_start, layer.dh0);
     if (layer.dc0)
       add_starts(team, windows_to_start, B * H, scratch.dc_start, layer.dc0);
     if (rounds) {
       team.barrier();
       round_share(team, GH * I, scratch.dw_ih, layer.dw_ih);
-      round_share(team, GH * H, scratch.dw_hh, layer.dw_hh);
+      round_share(team, GH * P, scratch.dw_hh, layer.dw_hh);
+      round_share(team, P * H, scratch.dw_hr, layer.dw_hr);
       round_share(team, GH, scratch.db, layer.db);
     }
   };
@@ -457,19 +528,22 @@ void run_backward(const LayerBackward<Storage>& layer) {
     if (pack) {
       pack_share(team, hidden, GH, layer.w_hh, packed_hh);
       if (layer.dx) pack_share(team, input, GH, layer.w_ih, packed_ih);
+      if (projected) pack_share(team, cell, P, layer.w_hr, packed_hr);
       team.barrier();
       using Right = Packed<Element>;
-      return run(team, Right{input, GH, packed_ih}, Right{hidden, GH, packed_hh});
+      return run(team, Right{input, GH, packed_ih}, Right{hidden, GH, packed_hh}, Right{cell, P, packed_hr});
     }
     if constexpr (terms_in<Element> == 1) {
       using Right = UnpackedRows<Element>;
-      const Right w_ih{input, GH, layer.w_ih, packed_ih}, w_hh{hidden, GH, layer.w_hh, packed_hh};
+      const Right w_ih{input, GH, layer.w_ih, packed_ih}, w_hh{hidden, GH, layer.w_hh, packed_hh},
+          w_hr{cell, P, layer.w_hr, packed_hr};
       if (team.rank == 0) {
         if (layer.dx) w_ih.pack_last(packed_ih);
         w_hh.pack_last(packed_hh);
+        if (projected) w_hr.pack_last(packed_hr);
       }
       team.barrier();
-      run(team, w_ih, w_hh);
+      run(team, w_ih, w_hh, w_hr);
     }
   };
   run_team(plan.threads, body);

@@ -5,6 +5,8 @@
 // whose recurrence it computes, so the only hand-over between threads is h, once a step, and there is
 // none where threads own batch rows. Packed weights are kept for the next call (packs.h).
 //
+// A projected h takes one product more a step, of what the cells give, and one hand-over more.
+//
 // With few rows a step is bound by reading W_hh from cache, and halving its bytes helps: a float layer may
 // have it rounded to bfloat16. The sums are those of the same layer with such weights, to the last bit where H
 // is even.
@@ -12,6 +14,7 @@
 
 #include "../dispatch.h"
 #include "fingerprint.h"
+#include "gemm.h"
 #include "packs.h"
 #include "plan.h"
 #include "steps.h"
@@ -213,6 +216,12 @@ struct LstmForward {
   static constexpr Index gates = 4;
   const LayerForward<Storage>& layer;
   const Real* bias;
+  Storage* m;  // (B, H): the step's, where h is projected and m not kept
+
+  // What is projected to the h of step t.
+  Storage* projected(Index t) const {
+    return layer.m ? layer.m + layer.shape.first_row(t) * layer.shape.H : m;
+  }
 
   // Of step t, to which `carried` rows come from the step before it.
   LstmCells<Storage> cells(Index t, Index carried) const {
@@ -222,7 +231,8 @@ struct LstmForward {
     Real* c_prev = layer.c ? layer.c + first_before : layer.c_n;
     Real* c = layer.c ? layer.c + first : layer.c_n;
     Real* gates = layer.gates ? layer.gates + 4 * first : nullptr;
-    return {H, bias, carried, c_prev, layer.c0, c, layer.y + first, gates};
+    Storage* h = shape.projection > 0 ? projected(t) : layer.y + first;
+    return {H, bias, carried, c_prev, layer.c0, c, h, gates};
   }
 };
 
@@ -232,6 +242,9 @@ struct RnnForward {
   static constexpr Index gates = 1;
   const LayerForward<Storage>& layer;
   const Real* bias;
+  Storage* m;  // none
+
+  Storage* projected(Index) const { return m; }
 
   RnnCells<Storage, Nonlinearity> cells(Index t, Index) const {
     return {layer.shape.H, bias, layer.y + layer.shape.first_row(t) * layer.shape.H};
@@ -252,14 +265,15 @@ Part part_of(const Team& team, const Plan& plan, const LayerForward<Storage>& la
 // One thread's part of the whole layer; Input and Hidden are how the weights are laid out.
 template <class Storage, class CellLayer, class Input, class Hidden>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& layer,
-                  const CellLayer& cell_layer, const Input& w_ih, const Hidden& w_hh,
+                  const CellLayer& cell_layer, const Input& w_ih, const Hidden& w_hh, const Input& w_hr,
                   RealOf<Storage>* chunk_sums, RealOf<Storage>* dense_sums) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
   constexpr Index width = Vec<Real>::width;
   constexpr Index gates = CellLayer::gates;
   const LayerShape& shape = layer.shape;
-  const Index T = shape.T, I = shape.I, H = shape.H;
+  const Index T = shape.T, I = shape.I, H = shape.H, P = shape.h_size();
+  const bool units_shared = plan.split == Split::units;
   const Columns<Element>& columns = w_hh.columns;
   const DenseSums<Element> dense{w_ih.columns, H, dense_sums};
   const Part part = part_of(team, plan, layer, columns.unit_vectors());
@@ -292,7 +306,7 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
       const Index t = shape.time(p), t_prev = shape.before(t);
       const Index carried = std::min(shape.rows_at(t_prev), shape.rows_at(t));
       const auto cells = cell_layer.cells(t, carried);
-      const Storage* previous = carried > 0 ? layer.y + shape.first_row(t_prev) * H : nullptr;
+      const Storage* previous = carried > 0 ? layer.y + shape.first_row(t_prev) * P : nullptr;
       const Range rows = own_rows(t);
       const Index blocks = ceil_div(rows.size(), row_block);
       for (Index block = 0; block < blocks; ++block) {
@@ -300,7 +314,7 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
         const Index first = rows.begin + own.begin;
         const Element* a[row_block];
         for (Index r = 0; r < own.size(); ++r)
-          a[r] = as_elements((first + r < carried ? previous : layer.h0) + (first + r) * H);
+          a[r] = as_elements((first + r < carried ? previous : layer.h0) + (first + r) * P);
         for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](Piece piece) {
           Real* sums[row_block];
           for (Index r = 0; r < own.size(); ++r) sums[r] = chunk.row(piece, m + own.begin + r);
@@ -323,19 +337,29 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
         });
       }
       m += rows.size();
-      if (plan.split == Split::units && p + 1 < T) team.barrier();
+      if (shape.projection > 0) {
+        if (units_shared) team.barrier();
+        const Index vectors = w_hr.columns.unit_vectors();
+        const Storage* from = cell_layer.projected(t) + rows.begin * H;
+        Storage* h = layer.y + (shape.first_row(t) + rows.begin) * P;
+        multiply_rows<Element>(
+            rows.size(), [&](Index r) { return from + r * H; }, w_hr,
+            units_shared ? team.share(vectors) : Range{0, vectors}, [&](Index r) { return h + r * P; });
+      }
+      if (units_shared && (p + 1 < T || shape.projection > 0)) team.barrier();
     }
     begin = end;
   }
-  // Each sequence's last states, as far as this thread made them.
-  const Index unit = part.unit_vectors.begin * width;
-  const Index units = std::min(part.unit_vectors.end * width, H) - unit;
+  // Each sequence's last states, as far as this thread made them; a projected h is there for everybody.
+  const Range units{part.unit_vectors.begin * width, std::min(part.unit_vectors.end * width, H)};
+  const Range numbers = shape.projection > 0 ? (units_shared ? team.share(P) : Range{0, P}) : units;
   for (Index t = 0; t < T; ++t) {
     const Range ended = overlap({shape.rows_at(shape.after(t)), shape.rows_at(t)}, part.rows);
     for (Index b = ended.begin; b < ended.end; ++b) {
-      const Index from = (shape.first_row(t) + b) * H + unit, to = b * H + unit;
-      if (layer.h_n) std::copy_n(layer.y + from, units, layer.h_n + to);
-      if (layer.c) std::copy_n(layer.c + from, units, layer.c_n + to);
+      const Index row = shape.first_row(t) + b;
+      if (layer.h_n)
+        std::copy_n(layer.y + row * P + numbers.begin, numbers.size(), layer.h_n + b * P + numbers.begin);
+      if (layer.c) std::copy_n(layer.c + row * H + units.begin, units.size(), layer.c_n + b * H + units.begin);
     }
   }
 }
@@ -350,43 +374,53 @@ void run_forward(const LayerForward<Storage>& layer) {
   const Columns<Element> columns{shape.H, gates};
   const Plan plan = plan_forward(shape, engine<Element>());
   const Columns<Element> ih_columns = plan.dense ? Columns<Element>{columns.count(), 1} : columns;
+  const Columns<Element> hr_columns{shape.projection, 1};
   const Index ih_count = plan.pack ? Packed<Element>::size(ih_columns, shape.I) : 0;
-  const Index hh_count = plan.pack ? Packed<Element, Weight>::size(columns, shape.H) : 0;
+  const Index hh_count = plan.pack ? Packed<Element, Weight>::size(columns, shape.h_size()) : 0;
+  const Index hr_count = plan.pack ? Packed<Element>::size(hr_columns, shape.H) : 0;
+  const Index m_count = shape.projection > 0 && !layer.m ? shape.B * shape.H : 0;
   const Index chunk_count = ChunkSums<Element>::size(columns, plan, shape);
   const Index dense_count = plan.dense ? DenseSums<Element>::size(ih_columns) : 0;  // of a thread
 
   const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
   const auto element_bytes = [](Index count) { return Workspace::bytes_for<Element>(count); };
-  const std::size_t packed_bytes = element_bytes(ih_count) + Workspace::bytes_for<Weight>(hh_count);
-  Pack pack({layer.w_ih, layer.w_hh, shape.I, shape.H, gates, Vec<Element>::width, sizeof(Storage),
-             parts_of<Element, Weight> == 2, plan.dense},
+  const std::size_t packed_bytes =
+      element_bytes(ih_count) + Workspace::bytes_for<Weight>(hh_count) + element_bytes(hr_count);
+  Pack pack({layer.w_ih, layer.w_hh, layer.w_hr, shape.I, shape.H, shape.h_size(), gates, Vec<Element>::width,
+             sizeof(Storage), parts_of<Element, Weight> == 2, plan.dense},
             packed_bytes, hash_bytes);
   const std::size_t own_bytes = pack.memory() ? 0 : packed_bytes;
   Workspace& workspace =
       Workspace::with_room(own_bytes + bytes(columns.count()) + bytes(chunk_count) +
-                           bytes(dense_count * plan.threads));
+                           bytes(dense_count * plan.threads) + Workspace::bytes_for<Storage>(m_count));
   auto* own = workspace.take<std::byte>(static_cast<Index>(own_bytes));
   std::byte* packed = pack.memory() ? pack.memory() : own;
   auto* packed_ih = reinterpret_cast<Element*>(packed);
   auto* packed_hh = reinterpret_cast<Weight*>(packed + element_bytes(ih_count));
+  auto* packed_hr = reinterpret_cast<Element*>(packed + element_bytes(ih_count) + Workspace::bytes_for<Weight>(hh_count));
   Real* bias = workspace.take<Real>(columns.count());
   Real* chunk_sums = workspace.take<Real>(chunk_count);
   Real* dense_sums = workspace.take<Real>(dense_count * plan.threads);
+  auto* m = workspace.take<Storage>(m_count);
   add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
 
   auto body = [&](Team& team) {
-    const auto part = [&](const auto& w_ih, const auto& w_hh) {
-      forward_part(team, plan, layer, CellLayer{layer, bias}, w_ih, w_hh, chunk_sums,
+    const auto part = [&](const auto& w_ih, const auto& w_hh, const auto& w_hr) {
+      forward_part(team, plan, layer, CellLayer{layer, bias, m}, w_ih, w_hh, w_hr, chunk_sums,
                    dense_sums + team.rank * dense_count);
     };
     if (!plan.pack)
       return part(UnpackedColumns<Element>{columns, shape.I, layer.w_ih},
-                  UnpackedColumns<Element, Weight>{columns, shape.H, layer.w_hh});
+                  UnpackedColumns<Element, Weight>{columns, shape.h_size(), layer.w_hh},
+                  UnpackedColumns<Element>{hr_columns, shape.H, layer.w_hr});
     pack.refresh(team, [&] {
       pack_columns(ih_columns, team.share(ih_columns.panels()), shape.I, layer.w_ih, packed_ih);
-      pack_columns(columns, team.share(columns.panels()), shape.H, layer.w_hh, packed_hh);
+      pack_columns(columns, team.share(columns.panels()), shape.h_size(), layer.w_hh, packed_hh);
+      pack_columns(hr_columns, team.share(hr_columns.panels()), shape.H, layer.w_hr, packed_hr);
     });
-    part(Packed<Element>{ih_columns, shape.I, packed_ih}, Packed<Element, Weight>{columns, shape.H, packed_hh});
+    part(Packed<Element>{ih_columns, shape.I, packed_ih},
+         Packed<Element, Weight>{columns, shape.h_size(), packed_hh},
+         Packed<Element>{hr_columns, shape.H, packed_hr});
   };
   run_team(plan.threads, body);
   pack.settle();

@@ -1,6 +1,7 @@
 #include "packs.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <mutex>
 
@@ -32,11 +33,18 @@ Pool& pool() {
 // may be held for ever by a thread that is not there.
 using Lock = std::unique_lock<std::mutex>;
 
-std::size_t ih_bytes(const PackKey& key) {
-  return static_cast<std::size_t>(key.gates * key.H * key.I * key.real_bytes);
-}
-std::size_t hh_bytes(const PackKey& key) {
-  return static_cast<std::size_t>(key.gates * key.H * key.H * key.real_bytes);
+struct Matrix {
+  const void* weights;
+  std::size_t bytes;
+};
+
+std::array<Matrix, 3> matrices_of(const PackKey& key) {
+  const auto bytes = [&](Index rows, Index columns) {
+    return static_cast<std::size_t>(rows * columns * key.real_bytes);
+  };
+  return {{{key.w_ih, bytes(key.gates * key.H, key.I)},
+           {key.w_hh, bytes(key.gates * key.H, key.h_size)},
+           {key.w_hr, key.w_hr ? bytes(key.h_size, key.H) : 0}}};
 }
 
 void trim(Pool& pool) {
@@ -49,7 +57,8 @@ void trim(Pool& pool) {
 }  // namespace
 
 bool PackKey::operator==(const PackKey& other) const {
-  return w_ih == other.w_ih && w_hh == other.w_hh && I == other.I && H == other.H &&
+  return w_ih == other.w_ih && w_hh == other.w_hh && w_hr == other.w_hr && I == other.I && H == other.H &&
+         h_size == other.h_size &&
          gates == other.gates && vector_width == other.vector_width && real_bytes == other.real_bytes &&
          halved_hh == other.halved_hh && dense_ih == other.dense_ih;
 }
@@ -77,9 +86,10 @@ Pack::Pack(const PackKey& key, std::size_t bytes, HashBytes hash) : hash_(hash) 
     kept.memory = allocate(bytes);
     kept.bytes = bytes;
   }
-  const auto slabs = static_cast<std::size_t>(slab_count(ih_bytes(key)) + slab_count(hh_bytes(key)));
-  before_.resize(slabs);
-  after_.resize(slabs);
+  Index slabs = 0;
+  for (const Matrix& matrix : matrices_of(key)) slabs += slab_count(matrix.bytes);
+  before_.resize(static_cast<std::size_t>(slabs));
+  after_.resize(static_cast<std::size_t>(slabs));
 }
 
 Pack::~Pack() {
@@ -116,17 +126,16 @@ void Pack::settle() {
 std::byte* Pack::memory() const { return kept_.empty() ? nullptr : kept_.front().memory.get(); }
 
 void Pack::hash_share(Team& team, Hashes& slabs) const {
-  const PackKey& key = kept_.front().key;
-  const Index ih_slabs = slab_count(ih_bytes(key));
-  const auto hash_slab = [&](const void* weights, std::size_t bytes, Index slab) {
-    const std::size_t begin = static_cast<std::size_t>(slab) * slab_bytes;
-    return hash_(static_cast<const std::byte*>(weights) + begin, std::min(slab_bytes, bytes - begin));
-  };
   const Range own = team.share(static_cast<Index>(slabs.size()));
-  for (Index n = own.begin; n < own.end; ++n) {
-    slabs[static_cast<std::size_t>(n)] = n < ih_slabs
-                                             ? hash_slab(key.w_ih, ih_bytes(key), n)
-                                             : hash_slab(key.w_hh, hh_bytes(key), n - ih_slabs);
+  Index first = 0;  // slab of the matrix
+  for (const Matrix& matrix : matrices_of(kept_.front().key)) {
+    const Index end = first + slab_count(matrix.bytes);
+    for (Index n = std::max(own.begin, first); n < std::min(own.end, end); ++n) {
+      const std::size_t begin = static_cast<std::size_t>(n - first) * slab_bytes;
+      slabs[static_cast<std::size_t>(n)] =
+          hash_(static_cast<const std::byte*>(matrix.weights) + begin, std::min(slab_bytes, matrix.bytes - begin));
+    }
+    first = end;
   }
 }
 

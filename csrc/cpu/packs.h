@@ -31,8 +31,8 @@ constexpr std::size_t most_pool_packs = 256;
 
 // Where the weights of a layer are, and all that decides how they are laid out when packed.
 struct PackKey {
-  const void *w_ih, *w_hh;
-  Index I, H, gates;
+  const void *w_ih, *w_hh, *w_hr;  // w_hr: null where h is not projected
+  Index I, H, h_size, gates;
   Index vector_width, real_bytes;
   bool halved_hh;  // w_hh is kept as bfloat16
   bool dense_ih;   // w_ih's columns stand without gaps between gates
@@ -82,7 +82,7 @@ class Pack {
   };
 
  private:
-  using Hashes = std::vector<Fingerprint>;  // of slabs: all of w_ih's, then all of w_hh's
+  using Hashes = std::vector<Fingerprint>;  // of slabs: of w_ih, of w_hh, of w_hr
   void hash_share(Team& team, Hashes& slabs) const;
   Fingerprint fingerprint_of(const Hashes& slabs) const;
   bool is_current() const;

@@ -38,6 +38,9 @@ bool dense_pays(const LayerShape& shape, Index product_terms, const Engine& engi
          engine.row_block * columns * engine.real_bytes <= engine.l2_bytes / 2;
 }
 
+// A projected h is computed from what all threads have made of the cells.
+Index barriers_of(const LayerShape& shape) { return shape.projection > 0 ? 2 : 1; }
+
 }  // namespace
 
 Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) {
@@ -68,7 +71,7 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
     if (most_rows >= count) consider(count, Split::rows, cycles_of(count, vectors));
     if (vectors >= count)
       consider(count, Split::units,
-               cycles_of(1, ceil_div(vectors, count)) + double(work.steps) * barrier_cycles);
+               cycles_of(1, ceil_div(vectors, count)) + double(work.steps * work.barriers) * barrier_cycles);
   }
   best.pack = work.steps * work.rows >= packing_pays;
   const Index rows = best.split == Split::rows ? ceil_div(work.rows, best.threads) : work.rows;
@@ -79,7 +82,9 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
 Plan plan_forward(const LayerShape& shape, const Engine& engine) {
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
   Plan plan = plan_recurrence(
-      {shape.T, shape.mean_rows(), shape.H, gate_count(shape.cell), lanes(shape.H), lanes(shape.I), shape.offsets},
+      {shape.T, shape.mean_rows(), shape.H, gate_count(shape.cell),
+       lanes(shape.h_size()) + ceil_div(lanes(shape.projection), gate_count(shape.cell)), lanes(shape.I), shape.offsets,
+       barriers_of(shape)},
       engine, shape.threads);
   plan.dense = plan.pack && plan.split == Split::rows && dense_pays(shape, lanes(shape.I), engine);
   return plan;
@@ -87,13 +92,15 @@ Plan plan_forward(const LayerShape& shape, const Engine& engine) {
 
 Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, const Engine& engine) {
   const Index gates = gate_count(shape.cell);
-  const Index product_terms = gates * ((want_dx ? shape.I : 0) + shape.I + shape.H);
+  const Index product_terms =
+      gates * ((want_dx ? shape.I : 0) + shape.I + shape.h_size()) + shape.projection;
   const Index windows = ceil_div(shape.T, k1);
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
   const Index* offsets = windows == 1 ? shape.offsets : nullptr;  // windows of several blocks: the mean will do
   return plan_recurrence(
-      {k2, windows * shape.mean_rows(), shape.H, 1, lanes(gates * shape.H), lanes(product_terms), offsets}, engine,
-      shape.threads);
+      {k2, windows * shape.mean_rows(), shape.H, 1, lanes(gates * shape.h_size() + shape.projection),
+       lanes(product_terms), offsets, barriers_of(shape)},
+      engine, shape.threads);
 }
 
 // Only some C libraries tell, and some answer 0: then a common size stands in.

@@ -34,6 +34,7 @@ struct Engine {
 struct Recurrence {
   Index steps, rows, units, gates, terms, product_terms;
   const Index* offsets = nullptr;  // of packed sequences, as in LayerShape
+  Index barriers = 1;              // of a step, where threads share units
 
   Index rows_at(Index step) const { return offsets ? offsets[step + 1] - offsets[step] : rows; }
 };

@@ -45,23 +45,24 @@ class GateRecompute {
     const Columns<Element> columns = this->columns();
     const Range panels = team.share(columns.panels());
     pack_columns(columns, panels, layer_.shape.I, layer_.w_ih, packed_ih_);
-    pack_columns(columns, panels, layer_.shape.H, layer_.w_hh, packed_hh_);
+    pack_columns(columns, panels, h_size(), layer_.w_hh, packed_hh_);
   }
 
   // This thread's part of the gates of some rows of all steps.
   void run(Team& team, const StepInputs<Storage>& inputs, const RowRing<Real>& gates, Real* buffer) const {
-    const Index I = layer_.shape.I, H = layer_.shape.H;
+    const Index I = layer_.shape.I;
     if (pack_)
       return multiply(team, inputs, Packed<Element>{columns(), I, packed_ih_},
-                      Packed<Element>{columns(), H, packed_hh_}, gates, buffer);
+                      Packed<Element>{columns(), h_size(), packed_hh_}, gates, buffer);
     multiply(team, inputs, UnpackedColumns<Element>{columns(), I, layer_.w_ih},
-             UnpackedColumns<Element>{columns(), H, layer_.w_hh}, gates, buffer);
+             UnpackedColumns<Element>{columns(), h_size(), layer_.w_hh}, gates, buffer);
   }
 
  private:
   Columns<Element> columns() const { return {layer_.shape.H, 4}; }
+  Index h_size() const { return layer_.shape.h_size(); }
   Index ih_count() const { return pack_ ? Packed<Element>::size(columns(), layer_.shape.I) : 0; }
-  Index hh_count() const { return pack_ ? Packed<Element>::size(columns(), layer_.shape.H) : 0; }
+  Index hh_count() const { return pack_ ? Packed<Element>::size(columns(), h_size()) : 0; }
   Index bias_count() const { return needed_ ? columns().count() : 0; }
 
   template <class Right>

@@ -68,8 +68,8 @@ template <class Storage>
 void find_previous(const LayerShape& shape, const Storage* y, const Storage* h0, const Storage** to) {
   for (Index t = 0; t < shape.T; ++t) {
     const Index t_prev = shape.before(t), carried = std::min(shape.rows_at(t_prev), shape.rows_at(t));
-    const Storage* previous = carried > 0 ? y + shape.first_row(t_prev) * shape.H : nullptr;
-    for (Index b = 0; b < shape.rows_at(t); ++b) *to++ = (b < carried ? previous : h0) + b * shape.H;
+    const Storage* previous = carried > 0 ? y + shape.first_row(t_prev) * shape.h_size() : nullptr;
+    for (Index b = 0; b < shape.rows_at(t); ++b) *to++ = (b < carried ? previous : h0) + b * shape.h_size();
   }
 }
 

@@ -86,7 +86,7 @@ void compute(const Layer& layer, const Results& results) {
       layer.h0 ? storage(layer.h0) : static_cast<Storage*>(zeros.get()),
       layer.c0 || !layer.is_lstm() ? real(layer.c0) : static_cast<Real*>(zeros.get()),
       storage(results.y), storage(results.h_n), real(results.c_n), real(results.c), real(results.gates),
-      layer.halve_w_hh};
+      nullptr, nullptr, layer.halve_w_hh};
   if (const Status status = check(call); status != Status::ok)
     throw std::invalid_argument(message(status));
   const py::gil_scoped_release released;

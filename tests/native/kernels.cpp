@@ -38,6 +38,9 @@ struct Case {
   Index k1 = 0, k2 = 0;  // 0: not truncated
   bool lean = false;     // everything that may be absent is
   std::vector<Index> lengths = {};  // of packed sequences; none: all have T steps
+  Index P = 0;                      // of a projected LSTM
+
+  Index h_size() const { return P ? P : H; }
 
   // The first row of each step, and how many there are.
   std::vector<Index> offsets() const {
@@ -60,6 +63,7 @@ struct Case {
     if (reverse) text += " reverse";
     if (k1) text += " k " + std::to_string(k1) + " " + std::to_string(k2);
     for (std::size_t b = 0; b < lengths.size(); ++b) text += (b ? "," : " packed ") + std::to_string(lengths[b]);
+    if (P) text += " projected " + std::to_string(P);
     return lean ? text + " lean" : text;
   }
 };
@@ -69,25 +73,26 @@ struct Case {
 template <class Real>
 struct Problem {
   Case shape;
-  Array<Real> x, w_ih, w_hh, b_ih, b_hh, h0, c0, dy, dh_n, dc_n, dc;
+  Array<Real> x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr, dy, dh_n, dc_n, dc;
   plain::Outputs outputs;
   plain::Gradients gradients;
 
   explicit Problem(const Case& shape) : shape(shape) {
     const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows(), N = shape.rows();
-    const Index state = shape.lstm() ? B * H : 0;
-    plain::Layer layer{shape.cell, T, B, I, H, shape.reverse, {}, {}, {}, {}, {}, {}, {}, shape.lengths};
+    const Index state = shape.lstm() ? B * H : 0, P = shape.h_size();
+    plain::Layer layer{shape.cell, T, B, I, H, shape.reverse, {}, {}, {}, {}, {}, {}, {}, shape.lengths, shape.P};
     plain::Cotangents up;
     const double bound = 1 / std::sqrt(double(H));
     fill(x, layer.x, N * I, std::sqrt(3.0 * double(H) / double(std::max<Index>(I, 1))));
     fill(w_ih, layer.w_ih, GH * I, bound);
-    fill(w_hh, layer.w_hh, GH * H, bound);
+    fill(w_hh, layer.w_hh, GH * P, bound * std::sqrt(double(H) / double(P)));
+    fill(w_hr, layer.w_hr, shape.P * H, 2 * bound);
     fill(b_ih, layer.b_ih, GH, shape.lean ? 0 : 1);
     fill(b_hh, layer.b_hh, GH, shape.lean ? 0 : 1);
-    fill(h0, layer.h0, B * H, 1);
+    fill(h0, layer.h0, B * P, 1);
     fill(c0, layer.c0, state, 2);
-    fill(dy, up.dy, N * H, 2);
-    fill(dh_n, up.dh_n, B * H, shape.lean ? 0 : 2);
+    fill(dy, up.dy, N * P, 2);
+    fill(dh_n, up.dh_n, B * P, shape.lean ? 0 : 2);
     fill(dc_n, up.dc_n, state, shape.lean ? 0 : 2);
     fill(dc, up.dc, shape.lstm() ? N * H : 0, shape.lean ? 0 : 2);
     outputs = plain::forward(layer);
@@ -108,28 +113,31 @@ struct Problem {
 // What one call of the kernels wrote.
 template <class Real>
 struct Results {
-  Array<Real> y, h_n, c_n, c, gates, y_lean, dx, dw_ih, dw_hh, db, dh0, dc0, dw_hh_recomputed;
+  Array<Real> y, h_n, c_n, c, gates, m, y_lean, dx, dw_ih, dw_hh, db, dh0, dc0, dw_hr, dw_hh_recomputed;
 };
 
 template <class Real>
 Results<Real> run(const Problem<Real>& problem, int threads) {
   const Case& shape = problem.shape;
   const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows(), N = shape.rows();
-  const Index state = shape.lstm() ? B * H : 0, states = shape.lstm() ? N * H : 0;
+  const Index state = shape.lstm() ? B * H : 0, states = shape.lstm() ? N * H : 0, P = shape.h_size();
   const std::vector<Index> offsets = shape.offsets();
   const bool lean = shape.lean;
   const auto optional = [&](const Array<Real>& array) { return lean ? nullptr : array.data(); };
   const auto lstm_only = [&](auto& array) { return shape.lstm() ? array.data() : nullptr; };
 
   Results<Real> out;
-  for (Array<Real>* array : {&out.y, &out.y_lean}) *array = Array<Real>(N * H);
-  out.h_n = Array<Real>(B * H);
+  for (Array<Real>* array : {&out.y, &out.y_lean}) *array = Array<Real>(N * P);
+  out.h_n = Array<Real>(B * P);
+  out.m = Array<Real>(shape.P ? N * H : 0);
   out.c_n = Array<Real>(state);
   out.c = Array<Real>(states);
   out.gates = Array<Real>(4 * states);
   rnnfast::LayerForward<Real> forward{};
   forward.shape = {shape.cell, T, B, I, H, shape.reverse, threads};
   if (!shape.lengths.empty()) forward.shape.offsets = offsets.data();
+  forward.shape.projection = shape.P;
+  forward.w_hr = shape.P ? problem.w_hr.data() : nullptr;
   forward.x = problem.x.data();
   forward.w_ih = problem.w_ih.data();
   forward.w_hh = problem.w_hh.data();
@@ -148,13 +156,15 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
   forward.h_n = out.h_n.data();
   forward.c = lstm_only(out.c);
   forward.gates = lstm_only(out.gates);
+  forward.m = shape.P ? out.m.data() : nullptr;
   call_forward();
 
   out.dx = Array<Real>(lean ? 0 : N * I);
   out.dw_ih = Array<Real>(GH * I);
-  out.dw_hh = Array<Real>(GH * H);
+  out.dw_hh = Array<Real>(GH * P);
+  out.dw_hr = Array<Real>(shape.P * H);
   out.db = Array<Real>(GH);
-  out.dh0 = Array<Real>(lean ? 0 : B * H);
+  out.dh0 = Array<Real>(lean ? 0 : B * P);
   out.dc0 = Array<Real>(lean ? 0 : state);
   Array<Real> da(shape.block() < T ? N * GH : 0), da_windows;
   const Index blocks = (T + shape.block() - 1) / shape.block();
@@ -177,6 +187,9 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
   backward.y = out.y.data();
   backward.c = forward.c;
   backward.gates = forward.gates;
+  backward.w_hr = forward.w_hr;
+  backward.m = forward.m;
+  backward.dw_hr = shape.P ? out.dw_hr.data() : nullptr;
   backward.dx = lean ? nullptr : out.dx.data();
   backward.dw_ih = out.dw_ih.data();
   backward.dw_hh = out.dw_hh.data();
@@ -189,7 +202,7 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
     if (check(backward) != rnnfast::Status::ok) fail(shape.name() + ": refused by check");
     rnnfast::cpu::kernels().of<Real>().backward(backward);
   };
-  out.dw_hh_recomputed = Array<Real>(GH * H);
+  out.dw_hh_recomputed = Array<Real>(GH * P);
   backward.dw_hh = out.dw_hh_recomputed.data();  // of gates that were not kept
   backward.gates = nullptr;
   call_backward();
@@ -226,7 +239,7 @@ void expect_results(const std::string& name, const Problem<Real>& problem, const
   const Case& shape = problem.shape;
   const plain::Outputs& out = problem.outputs;
   const plain::Gradients& grad = problem.gradients;
-  const Index forward = shape.I + shape.H;
+  const Index forward = shape.I + shape.h_size() + (shape.P ? shape.H : 0);
   const auto output = [&](const char* what, const Array<Real>& array, const plain::Values& want) {
     expect_close(name + ": " + what, array, want, forward, shape.T);
   };
@@ -236,10 +249,11 @@ void expect_results(const std::string& name, const Problem<Real>& problem, const
   output("c_n", got.c_n, out.c_n);
   output("c", got.c, out.c);
   output("gates", got.gates, out.gates);
+  output("m", got.m, out.m);
   const Index backward = forward + shape.gate_rows() + shape.T * shape.B;
   double scale = 2;  // the cotangents
   for (const plain::Values* values :
-       {&grad.dx, &grad.dw_ih, &grad.dw_hh, &grad.db, &grad.dh0, &grad.dc0})
+       {&grad.dx, &grad.dw_ih, &grad.dw_hh, &grad.db, &grad.dh0, &grad.dc0, &grad.dw_hr})
     scale = std::max(scale, largest(*values));
   const auto gradient = [&](const char* what, const Array<Real>& array, const plain::Values& want) {
     expect_close(name + ": " + what, array, want, backward, shape.T, scale);
@@ -251,6 +265,7 @@ void expect_results(const std::string& name, const Problem<Real>& problem, const
   gradient("db", got.db, grad.db);
   gradient("dh0", got.dh0, grad.dh0);
   gradient("dc0", got.dc0, grad.dc0);
+  gradient("dw_hr", got.dw_hr, grad.dw_hr);
 }
 
 template <class Real>
@@ -272,6 +287,8 @@ void expect_same(const std::string& name, const Results<Real>& a, const Results<
   same("db", a.db, b.db);
   same("dh0", a.dh0, b.dh0);
   same("dc0", a.dc0, b.dc0);
+  same("m", a.m, b.m);
+  same("dw_hr", a.dw_hr, b.dw_hr);
 }
 
 constexpr int thread_counts[] = {1, 2, 5};
@@ -324,6 +341,19 @@ std::vector<Case> cases() {
       }
     }
   }
+  // Projected: to one number and to all, few uses of a weight and many, several blocks of rows and of terms.
+  constexpr Index projections[][5] = {{1, 1, 1, 3, 1},    {1, 3, 2, 17, 4},   {3, 7, 5, 3, 2},   {5, 3, 17, 16, 16},
+                                      {3, 2, 65, 33, 17}, {2, 130, 3, 20, 5}, {2, 0, 3, 4, 2},   {30, 1, 20, 65, 33},
+                                      {14, 9, 31, 40, 9}, {7, 5, 4, 300, 40}, {40, 1, 24, 150, 150}};
+  for (const auto& [T, B, I, H, P] : projections) {
+    for (bool reverse : {false, true}) {
+      const Index k = n % 3 == 1 ? std::min<Index>(T, 2) : 0;
+      list.push_back({Cell::lstm, T, B, I, H, reverse, k, k, n % 4 == 3, {}, P});
+      ++n;
+    }
+  }
+  for (bool reverse : {false, true})
+    list.push_back({Cell::lstm, 9, 6, 5, 33, reverse, 0, 0, false, {9, 8, 5, 5, 5, 1}, 19});
   // Long enough for threads to pay, one row only: threads can but share the hidden units.
   for (Cell cell : {Cell::lstm, Cell::rnn_tanh}) list.push_back({cell, 40, 1, 24, 150});
   return list;

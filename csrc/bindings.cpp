@@ -49,16 +49,18 @@ void layer_backward(std::string_view cell, Index T, Index B, Index I, Index H, b
                     Address w_ih, Address w_hh, Address h0, Address c0, Address y, Address c,
                     Address gates, Address dx, Address dw_ih, Address dw_hh, Address db, Address dh0,
                     Address dc0, Address da, Address da_windows, Address da_sums, Address b_ih,
-                    Address b_hh, Address batch_sizes) {
+                    Address b_hh, Address batch_sizes, Index projection, Address w_hr, Address m,
+                    Address dw_hr) {
   using Real = RealOf<Storage>;
   const std::vector<Index> offsets = python::offsets_of(batch_sizes, T);
   const LayerBackward<Storage> layer{
-      {python::cell_named(cell), T, B, I, H, reverse, threads, offsets.empty() ? nullptr : offsets.data()},
+      {python::cell_named(cell), T, B, I, H, reverse, threads, offsets.empty() ? nullptr : offsets.data(), projection},
       k1,              k2,              at<Storage>(dy),    at<Storage>(dh_n),  at<Real>(dc_n),
       at<Real>(dc),    at<Storage>(x),     at<Storage>(w_ih),  at<Storage>(w_hh),  at<Storage>(h0),
       at<Real>(c0),    at<Storage>(y),     at<Real>(c),     at<Real>(gates), at<Storage>(dx),
       at<Storage>(dw_ih), at<Storage>(dw_hh), at<Storage>(db),    at<Storage>(dh0),   at<Real>(dc0),
-      at<Storage>(da),    at<Storage>(da_windows), at<Real>(da_sums), at<Storage>(b_ih), at<Storage>(b_hh)};
+      at<Storage>(da),    at<Storage>(da_windows), at<Real>(da_sums), at<Storage>(b_ih), at<Storage>(b_hh),
+      at<Storage>(w_hr), at<Storage>(m), at<Storage>(dw_hr)};
   require(check(layer));
   cpu::kernels().of<Storage>().backward(layer);
 }

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from rnnfast import ops, reference
+from rnnfast import ops, projected_ops, reference
 from rnnfast._native import accumulator
 from tolerance import STORED_BACKWARD, STORED_FORWARD, assert_close
 from torch import Tensor
 
+INPUTS = ("x", "h0", "c0", "w_ih", "w_hh", "w_hr")
 BIASES = {"both": ("b_ih", "b_hh"), "none": (), "input": ("b_ih",), "hidden": ("b_hh",)}
 
 
@@ -35,11 +36,13 @@ class Case:
     layout: str = "dense"
     upstream: tuple[str, ...] = ("y", "h_n", "c_n", "c")  # the outputs that get a gradient
     lengths: tuple[int, ...] | None = None  # of B packed sequences, the longest, of T, first
+    P: int = 0  # of an LSTM whose h is projected to so many numbers
 
     def __str__(self) -> str:
         shown = [self.cell, f"{self.T}x{self.B}x{self.I}x{self.H}"]
         shown += ["reverse"] * self.reverse + [f"k{self.truncate}"] * bool(self.truncate)
         shown += [f"packed {self.lengths}"] * bool(self.lengths)
+        shown += [f"projected {self.P}"] * bool(self.P)
         shown += [f"{self.biases} biases", self.layout, "+".join(self.upstream) or "nothing"]
         return " ".join(shown).replace(", ", ",")
 
@@ -67,9 +70,9 @@ class Case:
     @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what the layer gives."""
-        steps, state = (*self.steps, self.H), (self.B, self.H)
-        shapes = {"y": steps, "h_n": state}
-        return shapes | {"c_n": state, "c": steps} if self.cell == "lstm" else shapes
+        shapes = {"y": (*self.steps, self.P or self.H), "h_n": (self.B, self.P or self.H)}
+        cells = {"c_n": (self.B, self.H), "c": (*self.steps, self.H)}
+        return shapes | cells if self.cell == "lstm" else shapes
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Names and values of what the layer reads, laid out as the case says."""
@@ -80,13 +83,17 @@ class Case:
             return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
 
         x = uniform(*self.steps, self.I) * math.sqrt(3 * self.H / max(self.I, 1))
-        values = {"x": x, "h0": uniform(self.B, self.H)}
+        values = {"x": x, "h0": uniform(self.B, self.P or self.H)}
         if self.cell == "lstm":
             values["c0"] = 2 * uniform(self.B, self.H)
         values["w_ih"] = uniform(GH, self.I) * bound
-        values["w_hh"] = uniform(GH, self.H) * bound
+        values["w_hh"] = uniform(GH, self.P or self.H) * (
+            1 / math.sqrt(self.P) if self.P else bound
+        )
         for name in BIASES[self.biases]:
             values[name] = uniform(GH)
+        if self.P:
+            values["w_hr"] = uniform(self.P, self.H) * 2 * bound
         return {name: laid_out(v.to(dtype), self.layout, name) for name, v in values.items()}
 
     def cotangents(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -144,6 +151,10 @@ def run_operator(case: Case, inputs: dict[str, Tensor], keep: str = "all") -> di
     if case.cell == "lstm":
         # With bfloat16 whatever belongs to the cell is float32.
         states = [inputs["h0"], inputs["c0"].to(accumulator(inputs["x"].dtype))]
+        if case.P:
+            args = (inputs["w_hr"], case.reverse, k1, keep, case.batch_sizes)
+            results = projected_ops.lstm_layer(inputs["x"], *states, *weights, *args)
+            return dict(zip(("y", "h_n", "c_n", "c"), results, strict=False))
         y, h_n, c_n, c, _ = ops.lstm_layer(
             inputs["x"], *states, *weights, case.reverse, k1, k2, keep, case.batch_sizes
         )
@@ -202,7 +213,7 @@ def by_reference(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
                 steps = results.setdefault(name, value.new_empty(*case.steps, value.shape[-1]))
                 steps[rows] = value.squeeze(1)
             elif name in ("h_n", "c_n", "dh0", "dc0"):
-                states = results.setdefault(name, value.new_empty(case.B, case.H))
+                states = results.setdefault(name, value.new_empty(case.B, value.shape[-1]))
                 states[b] = value[0]
             else:
                 results[name] = results.get(name, 0) + value
@@ -219,6 +230,8 @@ def _reference(
     if BIASES[case.biases]:
         zeros = torch.zeros(case.gates * case.H, dtype=torch.float64).numpy()
         weights += [inputs.get("b_ih", zeros), inputs.get("b_hh", zeros)]
+    if case.P:
+        weights.append(inputs["w_hr"])
     h0 = inputs["h0"][None]
     dy, dc = upstream.get("y"), upstream.get("c")
     final = [upstream[name][None] if name in upstream else None for name in ("h_n", "c_n")]
@@ -236,7 +249,8 @@ def _reference(
         dx, dh0, dweights = reference.rnn_backward(saved, dy, final[0], case.truncate)
         dstates = (dh0,)
     named = dict(zip(("dh0", "dc0"), (d[0] for d in dstates), strict=False)) | {"dx": dx}
-    named |= dict(zip(("dw_ih", "dw_hh", "db_ih", "db_hh"), dweights, strict=False))
+    names = ["dw_ih", "dw_hh", *(["db_ih", "db_hh"] if BIASES[case.biases] else []), "dw_hr"]
+    named |= dict(zip(names, dweights, strict=False))
     gradients = {f"d{name}": named[f"d{name}"] for name in inputs}
     return {name: torch.from_numpy(v) for name, v in (outputs | gradients).items()}
 
@@ -252,11 +266,11 @@ def assert_results(
     # Cotangents are of order one.
     sizes = [v.abs().max().item() for name, v in want.items() if name[0] == "d" and v.numel()]
     scale = max([1.0, *(size for size in sizes if math.isfinite(size))])
-    forward = case.I + case.H
+    forward = case.I + case.H + case.P
     backward = forward + case.gates * case.H + case.T * case.B
     for name, value in want.items():
         assert got[name].shape == value.shape, name
-        gradient = name in {f"d{key}" for key in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh")}
+        gradient = name in {f"d{key}" for key in (*INPUTS, "b_ih", "b_hh")}
         K = backward if gradient else forward
         stored = (STORED_BACKWARD if gradient else STORED_FORWARD) if in_float32 else 0
         options = {"K": K, "T": case.T, "scale": scale * gradient, "stored": stored}

@@ -19,6 +19,7 @@ ROOMS = {
     "_native": {"torch"},
     "cpu": {"torch"},
     "ops": {"torch"},
+    "projected_ops": {"torch"},
     "bidirectional": {"torch"},
     "halved": set(),
     "watched": {"torch"},

@@ -30,6 +30,7 @@ struct Layer {
   Tensor h0, c0;  // absent: zeros; an RNN has no c0
   Shape state_shape;
   Tensor w_ih, w_hh, b_ih, b_hh;  // biases may be absent
+  Tensor w_hr;                    // of a projected LSTM alone
 
   bool is_lstm() const { return shape.cell == Cell::lstm; }
   Number number() const { return x.array.number; }
@@ -39,25 +40,28 @@ struct Layer {
   }
 };
 
-std::array<Tensor*, 7> tensors_of(Layer& layer) {
-  return {&layer.x, &layer.h0, &layer.c0, &layer.w_ih, &layer.w_hh, &layer.b_ih, &layer.b_hh};
+std::array<Tensor*, 8> tensors_of(Layer& layer) {
+  return {&layer.x, &layer.h0, &layer.c0, &layer.w_ih, &layer.w_hh, &layer.b_ih, &layer.b_hh, &layer.w_hr};
 }
 
 struct Results {
-  Tensor y, h_n, c_n, c, gates;  // absent: not there, or not kept
+  Tensor y, h_n, c_n, c, gates, m;  // absent: not there, or not kept
 };
 
 Results allocate(const Layer& layer) {
-  const auto& [cell, T, B, I, H, reverse, threads, offsets] = layer.shape;
+  const auto& [cell, T, B, I, H, reverse, threads, offsets, projection] = layer.shape;
   const Index N = layer.shape.rows();
   const Tensor& like = layer.x;
-  Shape y_shape = layer.x.array.shape;
-  y_shape.size[y_shape.axes - 1] = H;
+  Shape y_shape = layer.x.array.shape, cell_shape = layer.state_shape;
+  y_shape.size[y_shape.axes - 1] = layer.shape.h_size();
+  cell_shape.size[cell_shape.axes - 1] = H;
   Results results;
   results.y = new_empty(like, layer.number(), y_shape);
   if (layer.wants_h_n) results.h_n = new_empty(like, layer.number(), layer.state_shape);
   if (layer.is_lstm()) {
-    results.c_n = new_empty(like, layer.cell_number(), layer.state_shape);
+    results.c_n = new_empty(like, layer.cell_number(), cell_shape);
+    if (projection > 0 && layer.keep != Keep::nothing)
+      results.m = new_empty(like, layer.number(), offsets ? Shape{N, H} : Shape{T, B, H});
     if (layer.keep != Keep::nothing) results.c = new_empty(like, layer.cell_number(), offsets ? Shape{N, H} : Shape{T, B, H});
     if (layer.keep == Keep::all)
       results.gates = new_empty(like, layer.cell_number(), offsets ? Shape{N, 4, H} : Shape{T, B, 4, H});
@@ -86,7 +90,7 @@ void compute(const Layer& layer, const Results& results) {
       layer.h0 ? storage(layer.h0) : static_cast<Storage*>(zeros.get()),
       layer.c0 || !layer.is_lstm() ? real(layer.c0) : static_cast<Real*>(zeros.get()),
       storage(results.y), storage(results.h_n), real(results.c_n), real(results.c), real(results.gates),
-      nullptr, nullptr, layer.halve_w_hh};
+      storage(layer.w_hr), storage(results.m), layer.halve_w_hh};
   if (const Status status = check(call); status != Status::ok)
     throw std::invalid_argument(message(status));
   const py::gil_scoped_release released;
@@ -255,7 +259,7 @@ void take_offsets(PyObject* address, Index T, Layer& layer) {
 
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return translated([&]() -> py::object {
-    expect_count(count, 13);
+    expect_count(count, 14);
     const auto tensor = [&](int index) -> Tensor {
       if (arguments[index] == Py_None) return {};
       return known(py::reinterpret_borrow<py::object>(arguments[index]));
@@ -269,8 +273,11 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     layer.h0 = tensor(5), layer.c0 = tensor(6);
     layer.w_ih = tensor(7), layer.w_hh = tensor(8), layer.b_ih = tensor(9), layer.b_hh = tensor(10);
     layer.halve_w_hh = is_true(arguments[11]);
+    layer.w_hr = tensor(13);
+    if (layer.w_hr) layer.shape.projection = layer.w_hr.array.shape.size[0];
     layer.state_shape = layer.h0.array.shape;
     const Results results = run(layer);
+    if (layer.w_hr) return tuple_of(results.y, results.h_n, results.c_n, results.c, results.gates, results.m);
     return tuple_of(results.y, results.h_n, results.c_n, results.c, results.gates);
   });
 }
@@ -284,7 +291,7 @@ py::object results_of(Way way, bool batch_first, bool recording, Layer& layer) {
       layer.h0 = new_zeros(layer.x, layer.state_shape);
       if (layer.is_lstm()) layer.c0 = converted(layer.h0, layer.cell_number());
     }
-    const auto& [cell, T, B, I, H, reverse, threads, offsets] = layer.shape;
+    const auto& [cell, T, B, I, H, reverse, threads, offsets, projection] = layer.shape;
     return py::make_tuple(py::none(), py::make_tuple(T, B, I, H), layer.h0.object, object_of(layer.c0));
   }
   Results results = run(layer);

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import bptt, checks, cuda_direct, cuda_ops, direct, packed, projected, stack
+from . import (
+    bptt,
+    checks,
+    cuda_direct,
+    cuda_ops,
+    direct,
+    packed,
+    projected,
+    projected_ops,
+    stack,
+)
 from .bptt import Truncation
 from .checks import LayerWeights
 from .stack import Layer, State
@@ -203,9 +213,19 @@ def _lstm_layer(
 
 
 def _projected_layer(
-    x: Tensor, state: State, w: LayerWeights, reverse: bool, k1: int, k2: int, keep: str
+    x: Tensor,
+    state: State,
+    w: LayerWeights,
+    reverse: bool,
+    k1: int,
+    k2: int,
+    keep: str,
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, State, Tensor]:
-    y, h, c, cells = projected.lstm_layer(x, *state, *w, reverse, k1, k2)
+    if _has_kernels(_projected_layer, x, k1, k2):
+        y, h, c, cells, *_ = projected_ops.lstm_layer(x, *state, *w, reverse, k1, keep, batch_sizes)
+    else:
+        y, h, c, cells = projected.lstm_layer(x, *state, *w, reverse, k1, k2)
     return y, (h, c), cells
 
 
@@ -247,6 +267,11 @@ _IN_ONE_LAUNCH = {
 
 def _on_cuda(x: Tensor) -> bool:
     return x.is_cuda
+
+
+def _has_kernels(layer: Layer, x: Tensor, k1: int, k2: int) -> bool:
+    """Whether `layer` is an operator, and not torch's arithmetic."""
+    return layer is not _projected_layer or (k1 == k2 and not _on_cuda(x))
 
 
 def _rnn_layer(nonlinearity: str, error: type[Exception]) -> Layer:
@@ -301,14 +326,14 @@ def _run(
 
     # Where the layer is one operator, CUDA's kernels keep their sums in float32 themselves, and
     # need no zeros to begin with.
-    by_kernels = _on_cuda(x) and layer is not _projected_layer and way in (None, "padding")
+    by_kernels = _on_cuda(x) and _has_kernels(layer, x, k1, k2) and way in (None, "padding")
     if hx is None:
         zeros = (None if by_kernels else x.new_zeros(B, size) for size in sizes)
         states = [tuple(zeros)] * len(groups)
 
     dtype = x.dtype
     if not by_kernels or k1 != k2:
-        x, states, groups = _as_computed(layer, x, states, groups)
+        x, states, groups = _as_computed(layer, x, states, groups, k1, k2)
 
     if not grad:
         keep = "cells" if return_cells else "nothing"
@@ -361,7 +386,7 @@ def _way_of_packed(layer: Layer, x: Tensor, directions: int, rows: int, k1: int,
     one_layer = rows == directions
     if k1 != k2 and not one_layer:
         return "lengths"
-    if layer is not _projected_layer:
+    if _has_kernels(layer, x, k1, k2):
         if not _on_cuda(x):
             return "rows"
         bounded, forward = layer is not _relu_layer, directions == 1
@@ -472,14 +497,19 @@ def _needs_grad(x: Tensor, states: Sequence[Tensor], groups: list[LayerWeights])
 
 
 def _as_computed(
-    layer: Layer, x: Tensor, states: list[State], groups: list[LayerWeights]
+    layer: Layer,
+    x: Tensor,
+    states: list[State],
+    groups: list[LayerWeights],
+    k1: int = 0,
+    k2: int = 0,
 ) -> tuple[Tensor, list[State], list[LayerWeights]]:
     """Input, states and weights in the dtypes `layer` computes with.
 
     On the CPU that is bfloat16 with cell states in float32. float32 stands in for float16, and for
     bfloat16 where projected layers, which are torch's arithmetic, would round at every operation.
     """
-    if x.dtype == torch.bfloat16 and layer is not _projected_layer and not _on_cuda(x):
+    if x.dtype == torch.bfloat16 and not _on_cuda(x) and _has_kernels(layer, x, k1, k2):
         return x, [(h, *_float(cell)) for h, *cell in states], groups
     if x.dtype in checks.HALF_DTYPES:
         return x.float(), [_float(s) for s in states], [_float(group) for group in groups]

@@ -107,8 +107,11 @@ py::dict plan_recurrence(Index steps, Index rows, Index units, Index gates, Inde
 
 // The plan of a layer forward on this machine, and the tile of the kernels that carry it out.
 template <class Real>
-py::dict plan_forward(Index gates, Index T, Index B, Index I, Index H, int threads) {
-  const LayerShape shape{gates == 4 ? Cell::lstm : Cell::rnn_tanh, T, B, I, H, false, threads};
+py::dict plan_forward(Index gates, Index T, Index B, Index I, Index H, int threads, Address batch_sizes,
+                      Index projection) {
+  const std::vector<Index> offsets = python::offsets_of(batch_sizes, T);
+  const LayerShape shape{gates == 4 ? Cell::lstm : Cell::rnn_tanh, T, B, I, H, false, threads,
+                         offsets.empty() ? nullptr : offsets.data(), projection};
   require(check(shape));
   const cpu::Engine engine = cpu::kernels().of<Real>().engine();
   py::dict plan = described(cpu::plan_forward(shape, engine));
@@ -133,7 +136,8 @@ template <class Storage>
 void bind_layers(py::module_& module, const std::string& suffix) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   module.def(("layer_backward_" + suffix).c_str(), &layer_backward<Storage>, released);
-  module.def(("plan_forward_" + suffix).c_str(), &plan_forward<Storage>);
+  module.def(("plan_forward_" + suffix).c_str(), &plan_forward<Storage>, "gates"_a, "T"_a, "B"_a, "I"_a, "H"_a,
+             "threads"_a, "batch_sizes"_a = 0, "projection"_a = 0);
   module.def(("fma_peak_" + suffix).c_str(), &cpu::fma_peak<Storage>, released);
 }
 

@@ -8,6 +8,7 @@ import pytest
 import rnnfast
 import torch
 from rnnfast import _native, explain
+from torch.nn.utils.rnn import pack_sequence
 
 core = _native.core
 module = sys.modules["rnnfast.explain"]  # the name is the function's
@@ -108,6 +109,35 @@ def test_every_layer_and_direction():
     assert plans.floor_seconds == pytest.approx(sum(p.floor_seconds for p in plans))
 
 
+def test_projected_layers(two_threads):
+    module = rnnfast.LSTM(10, 200, 2, proj_size=30, bidirectional=True)
+    plans = explain(module, torch.empty(7, 3, 10))
+    assert [p.I for p in plans] == [10, 10, 60, 60]
+    assert {(p.H, p.P, p.rows) for p in plans} == {(200, 30, 21)}
+    read = module.weight_hh_l0.nbytes + module.weight_hr_l0.nbytes
+    assert {p.w_hh_bytes for p in plans} == {read}
+    sums = 2 * 21 * 200 * (4 * (10 + 30) + 30)
+    assert plans[0].arithmetic_seconds == pytest.approx(sums / plans[0].peak)
+    assert "H 200, P 30, float32" in str(plans)
+
+
+def test_packed_sequences(two_threads):
+    """The longest sequence, which outlives the others, is shared out by units, a batch by rows."""
+
+    def plan_for(hidden, *lengths):
+        x = pack_sequence([torch.empty(n, 64) for n in lengths])
+        (plan,) = explain(rnnfast.LSTM(64, hidden), x)
+        assert (plan.T, plan.B, plan.rows) == (max(lengths), len(lengths), sum(lengths))
+        assert f"{sum(lengths)} packed rows" in str(plan)
+        return plan
+
+    assert plan_for(512, 100, 2, 1).split == "units"
+    assert plan_for(96, *range(60, 20, -1)).split == "rows"
+    module = rnnfast.LSTM(64, 5)
+    with pytest.raises(NotImplementedError, match="x is a PackedSequence"):
+        explain(module, pack_sequence([torch.empty(2, 64)]), gpu={})
+
+
 def test_unbatched_relu_and_half():
     (plan,) = explain(rnnfast.RNN(4, 5, nonlinearity="relu").half(), torch.empty(6, 4).half())
     assert (plan.T, plan.B, plan.cell, plan.dtype) == (6, 1, "relu", torch.float32)
@@ -133,7 +163,12 @@ def test_text(two_threads):
         (rnnfast.LSTM(3, 4), torch.empty(5, 1, 2), RuntimeError, "expected input_size 3"),
         (rnnfast.LSTM(3, 4), torch.empty(3), ValueError, "1 dimensions"),
         (rnnfast.LSTM(3, 4), torch.empty(0, 1, 3), RuntimeError, "0 time steps"),
-        (rnnfast.LSTM(3, 4, proj_size=2), torch.empty(5, 1, 3), NotImplementedError, "proj_size=2"),
+        (
+            rnnfast.LSTM(3, 4, proj_size=2, truncate=(2, 3)),
+            torch.empty(5, 1, 3),
+            NotImplementedError,
+            "proj_size=2",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from one_layer import LAYOUTS, Case, assert_results, by_operator, by_reference, check
+from one_layer import LAYOUTS, Case, assert_results, by_operator, by_reference, check, laid_out
 from pairwise import pairwise
 from rnnfast import LSTM, _native, functional, projected, projected_ops
+from short_way import by_operators, flat
 from test_threads import assert_identical, on_one_thread
 
 AXES = {
@@ -50,7 +51,7 @@ def test_against_the_textbook(case, dtype, isa):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_bfloat16(sizes, reverse, isa):
-    """What is projected is rounded as well: a rounding more a step, for which LAMBDA leaves room."""
+    """What is projected is rounded as well, once more a step: LAMBDA leaves room for it."""
     for case in (
         padded(7, 3, sizes, I=5, reverse=reverse),
         packed((9, 8, 5, 1), sizes, I=5, reverse=reverse, truncate=(2, 2)),
@@ -122,6 +123,42 @@ def test_weights_that_change_are_packed_anew():
 
 
 # Which way
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_both_ways_give_the_same_bits(dtype, layout, monkeypatch):
+    module, called = LSTM(6, 9, 2, bidirectional=True, proj_size=4, dtype=dtype), []
+    operator = projected_ops.lstm_layer
+    monkeypatch.setattr(
+        projected_ops, "lstm_layer", lambda *args: called.append(1) or operator(*args)
+    )
+    x = laid_out(torch.randn(5, 3, 6, dtype=dtype), layout)
+    with torch.no_grad():
+        got = flat(module(x))
+        assert not called
+        want = by_operators(lambda: flat(module(x)))
+        assert called
+    assert all(map(torch.equal, got, want))
+
+
+def test_unusual_tensors_go_through_the_operator(monkeypatch):
+    class Subclass(torch.Tensor):
+        pass
+
+    called = []
+    operator = projected_ops.lstm_layer
+    monkeypatch.setattr(
+        projected_ops, "lstm_layer", lambda *args: called.append(1) or operator(*args)
+    )
+    module, x = LSTM(6, 9, proj_size=4).requires_grad_(False), torch.randn(5, 3, 6)
+    want = module(x)[0]
+    assert not called
+    negated = torch.complex(x, -x).conj().imag  # x, to be negated twice
+    for unusual in (x.as_subclass(Subclass), negated):
+        called.clear()
+        assert torch.equal(module(unusual)[0].as_subclass(torch.Tensor), want)
+        assert called
 
 
 @pytest.mark.parametrize("truncate", [None, 3, (3, 5)])

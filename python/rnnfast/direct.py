@@ -16,7 +16,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, is_grad_enabled
 
-from . import cpu, cuda_direct, ops
+from . import cpu, cuda_direct, ops, projected_ops
 from ._native import accumulator, core
 from .cpu import GATES
 from .halved import is_wished
@@ -202,6 +202,26 @@ def rnn_layer(x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2, batc
     return results[:2]
 
 
+def projected_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, k, keep, batch_sizes=None):
+    """y, h_n, c_n and c: as projected_ops.lstm_layer, which is called where a gradient may be asked
+    for, too."""
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    if keep == "nothing" and batch_sizes is None and x.dim() == 3 and w_hr.dim() == 2:
+        (T, B, I), (P, H) = x.shape, w_hr.shape
+        dtype, rows = x.dtype, GATES["lstm"] * H
+        expected = (
+            *(((T, B, I), dtype), ((B, P), dtype), ((B, H), accumulator(dtype))),
+            *(((rows, I), dtype), ((rows, P), dtype), ((rows,), dtype), ((rows,), dtype)),
+            ((P, H), dtype),
+        )
+        given = (x, h0, c0, *weights, w_hr)
+        if P <= H and not _watched() and _are_plain(given, expected):
+            sizes = (T, B, I, H)
+            return cpu.forward("lstm", sizes, reverse, keep, x, h0, c0, *weights, w_hr=w_hr)[:4]
+    args = (x, h0, c0, *weights, w_hr, reverse, k, keep, batch_sizes)
+    return projected_ops.lstm_layer(*args)[:4]
+
+
 # Autograd
 
 
@@ -257,6 +277,17 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def _are_plain(tensors, expected) -> bool:
+    """Whether tensors are None or plain, each with its expected shape and dtype."""
+    try:
+        return all(
+            tensor is None or (_plain(tensor, dtype) and tensor.shape == shape)
+            for tensor, (shape, dtype) in zip(tensors, expected, strict=True)
+        )
+    except RuntimeError:
+        return False
+
+
 def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     """Whether the core may compute these gradients.
 
@@ -276,10 +307,4 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
         *(((rows, I), dtype), ((rows, H), dtype), ((rows,), dtype), ((rows,), dtype)),
         *((y, dtype), (c, of_cell), ((*steps, 4, H), of_cell)),
     )
-    try:
-        for tensor, (shape, number) in zip((*upstream, *saved), expected, strict=True):
-            if tensor is not None and not (_plain(tensor, number) and tensor.shape == shape):
-                return False
-    except RuntimeError:
-        return False
-    return True
+    return _are_plain((*upstream, *saved), expected)

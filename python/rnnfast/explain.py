@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from . import bptt, checks, cuda_plan, modules
 from ._native import build_info, core, fma_peak, precision, read_bandwidth
@@ -29,6 +30,8 @@ class LayerPlan:
         name: such as "layer 0" or "layer 1 reverse".
         cell: "lstm", "tanh" or "relu".
         T, B, I, H: steps, batch rows, input size, hidden units.
+        P: the size of h: H, but for a projected LSTM.
+        rows: of all steps: T * B, but for packed sequences.
         dtype: what is computed in.
         isa: the instruction set.
         threads: how many work on it; fewer than there are where more would not pay.
@@ -36,7 +39,7 @@ class LayerPlan:
         packed: whether weights are packed (and kept); else they are read where they lie.
         chunk: steps whose inputs are projected together.
         tile: batch rows and sums that the inner loop keeps in registers.
-        w_hh_bytes: all of W_hh.
+        w_hh_bytes: all of W_hh, and of W_hr where h is projected: what a step reads.
         w_hh_bytes_per_thread: the part of it that each thread reads in every step.
         level: the memory that part stays in: "L1", "L2", "L3" or "memory".
         peak: floating-point operations per second that these threads reach, measured.
@@ -49,6 +52,8 @@ class LayerPlan:
     B: int
     I: int
     H: int
+    P: int
+    rows: int
     dtype: torch.dtype
     isa: str
     threads: int
@@ -66,7 +71,8 @@ class LayerPlan:
     def arithmetic_seconds(self) -> float:
         """Multiplying and adding at the measured peak."""
         gates = 4 if self.cell == "lstm" else 1
-        return 2 * self.T * self.B * gates * self.H * (self.I + self.H) / self.peak
+        projected = self.P if self.P != self.H else 0
+        return 2 * self.rows * self.H * (gates * (self.I + self.P) + projected) / self.peak
 
     @property
     def reading_seconds(self) -> float:
@@ -96,6 +102,8 @@ class LayerPlan:
         return "\n".join(
             (
                 f"{self.name}: {self.cell}, T {self.T}, B {self.B}, I {self.I}, H {self.H}, "
+                f"{f'P {self.P}, ' * (self.P != self.H)}"
+                f"{f'{self.rows} packed rows, ' * (self.rows != self.T * self.B)}"
                 f"{str(self.dtype).removeprefix('torch.')} on {self.isa}",
                 f"  {work}; weights {weights}; projection of {self.chunk} steps at a time; "
                 f"tiles of {rows} rows x {sums} sums",
@@ -125,14 +133,16 @@ class Explanation(tuple):
 
 
 def explain(
-    module: modules.LSTM | modules.RNN, x: Tensor, gpu: Mapping[str, Any] | None = None
+    module: modules.LSTM | modules.RNN,
+    x: Tensor | PackedSequence,
+    gpu: Mapping[str, Any] | None = None,
 ) -> Explanation | CudaExplanation:
     """How `module` computes on `x`, and what bounds its time.
 
     Args:
-        module: a rnnfast.LSTM or RNN without projection.
-        x: what it would be called with: (T, B, I), (B, T, I) if batch_first, or unbatched (T, I).
-            Only its shape, dtype and device count; nothing is computed.
+        module: a rnnfast.LSTM or RNN.
+        x: what it would be called with: (T, B, I), (B, T, I) if batch_first, unbatched (T, I), or
+            a PackedSequence. Only its shape, dtype and device count; nothing is computed.
         gpu: a GPU to plan for, wherever module and x are: capability (90 for 9.0), multiprocessors,
             shared_bytes (that one block can have), largest_cluster (blocks; 1 where there are no
             clusters) and cooperative (whether it has cooperative launches).
@@ -147,40 +157,50 @@ def explain(
 
     The CPU's first call measures for about a second; later ones only where another number of
     threads or another cache comes up. On the CPU float16 and bfloat16 are planned as float32, in
-    which they are computed. Raises TypeError for other modules, PackedSequence and other
-    arguments, NotImplementedError for projections, for devices without kernels and for the windows
-    of a stack with k2 > k1 on a GPU, RuntimeError or ValueError as the call would for x, for a
-    build without CUDA kernels, and for a `gpu` that is not described so.
+    which they are computed. Raises TypeError for other modules and arguments, NotImplementedError
+    for what no kernel computes as one layer (on a GPU projections, packed sequences and the windows
+    of a stack with k2 > k1; on the CPU projections that are truncated so) and for devices without
+    kernels, RuntimeError or ValueError as the call would for x, for a build without CUDA kernels,
+    and for a `gpu` that is not described so.
     """
     if not isinstance(module, (modules.LSTM, modules.RNN)):
         raise TypeError(f"module is {type(module).__name__}, but should be rnnfast.LSTM or RNN")
+    batch_sizes = x.batch_sizes if isinstance(x, PackedSequence) else None
+    x = x if batch_sizes is None else x.data
     if not isinstance(x, Tensor):
-        raise TypeError(f"x is {type(x).__name__}, but should be a Tensor")
-    if module.proj_size:
-        raise NotImplementedError(
-            f"module has proj_size={module.proj_size}, but only layers without it are explained"
-        )
-    weight = module.weights()[0]
-    x = checks.check_input(type(module).__name__, x, weight, (2, 3))
+        raise TypeError(f"x is {type(x).__name__}, but should be a Tensor or a PackedSequence")
+    weight, axes = module.weights()[0], (2, 3) if batch_sizes is None else (2,)
+    x = checks.check_input(type(module).__name__, x, weight, axes)
     on_gpu = gpu is not None or x.device.type == "cuda"
     if not on_gpu and x.device.type not in ("cpu", "meta"):
         raise NotImplementedError(f"x is on {x.device}, but only CPU and CUDA plans are explained")
     T, B = (*x.shape[:-1], 1)[:2]
-    if module.batch_first and x.dim() == 3:
+    if batch_sizes is not None:
+        T, B = len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
+    elif module.batch_first and x.dim() == 3:
         T, B = B, T
     if T == 0:
         raise RuntimeError("x has 0 time steps, but should have at least 1")
     directions = 2 if module.bidirectional else 1
     cell = "lstm" if isinstance(module, modules.LSTM) else module.nonlinearity
+    k1, k2 = bptt.parse_truncate(module.truncate, T)
+    if module.proj_size and (on_gpu or k1 != k2):
+        raise NotImplementedError(
+            f"module has proj_size={module.proj_size}, for which there are no kernels on a GPU, "
+            "nor for windows with k2 > k1"
+        )
+    if on_gpu and batch_sizes is not None:
+        raise NotImplementedError("x is a PackedSequence, but only padded ones have plans on a GPU")
     if on_gpu:
         return _on_gpu(module, cell, T, B, x.dtype, cuda_plan.device_of(x.device.index or 0, gpu))
     dtype = torch.float32 if x.dtype in checks.HALF_DTYPES else x.dtype
     plans = []
     for layer in range(module.num_layers):
-        I = module.hidden_size * directions if layer else module.input_size
+        I = weight.shape[1] if layer == 0 else directions * (module.proj_size or module.hidden_size)
         for direction in range(directions):
             name = f"layer {layer}{' reverse' if direction else ''}"
-            plans.append(_plan(name, cell, T, B, I, module.hidden_size, dtype))
+            sizes = (T, B, I, module.hidden_size)
+            plans.append(_plan(name, cell, sizes, module.proj_size, batch_sizes, dtype))
     return Explanation(plans)
 
 
@@ -208,18 +228,30 @@ def _on_gpu(
     return CudaExplanation(plans)
 
 
-def _plan(name: str, cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype) -> LayerPlan:
-    gates = 4 if cell == "lstm" else 1
+def _plan(
+    name: str,
+    cell: str,
+    sizes: tuple[int, int, int, int],
+    projection: int,
+    batch_sizes: Tensor | None,
+    dtype: torch.dtype,
+) -> LayerPlan:
+    T, B, _, H = sizes
+    gates, P = 4 if cell == "lstm" else 1, projection or H
+    rows, address = T * B, 0
+    if batch_sizes is not None:
+        rows, address = int(batch_sizes.sum()), batch_sizes.data_ptr()
     plan = getattr(core, f"plan_forward_{precision(dtype)}")(
-        gates, T, B, I, H, torch.get_num_threads()
+        gates, *sizes, torch.get_num_threads(), address, projection
     )
     threads, split = plan["threads"], plan["split"]
-    w_hh = gates * H * H * dtype.itemsize
+    w_hh = (gates * P + projection) * H * dtype.itemsize
     part = -(-w_hh // threads) if split == "units" else w_hh
     level = _level(part, w_hh)
     isa = build_info()["isa"]
     return LayerPlan(
-        *(name, cell, T, B, I, H, dtype, isa, threads, split, plan["pack"], plan["chunk"]),
+        *(name, cell, *sizes, P, rows, dtype),
+        *(isa, threads, split, plan["pack"], plan["chunk"]),
         tile=(plan["tile_rows"], 4 * plan["vector_width"]),
         w_hh_bytes=w_hh,
         w_hh_bytes_per_thread=part,

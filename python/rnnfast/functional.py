@@ -22,7 +22,6 @@ from . import (
     direct,
     packed,
     projected,
-    projected_ops,
     stack,
 )
 from .bptt import Truncation
@@ -63,7 +62,7 @@ def lstm(
             k steps. The forward pass is the same. None is full BPTT (Werbos 1990).
         memory: "low" keeps h and c of every step for the backward pass, and not the gates, which
             are four times as large as either: they are computed again, which costs a third more
-            arithmetic. Gradients are the same. Of no effect with proj_size.
+            arithmetic. Gradients are the same. With proj_size, what is projected is kept as well.
         return_cells: also return the cell state of every step.
 
     Returns:
@@ -72,7 +71,8 @@ def lstm(
 
     float32 and float64 are computed as such; float16 in float32, rounded at the end. bfloat16
     weights and activations are multiplied as they are and added up in float32, and the cell state
-    is float32 from the first step to the last; with proj_size, bfloat16 is treated as float16 is.
+    is float32 from the first step to the last. Where proj_size has no kernels (on CUDA, and with
+    k2 > k1) bfloat16 is treated as float16 is.
     On CUDA both halves are, and h is rounded every step; float32 is TF32 there where
     torch.backends.cuda.matmul.allow_tf32 says so.
     Under torch.autocast input and state are cast to the weights' dtype, which is the result's.
@@ -223,7 +223,8 @@ def _projected_layer(
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, State, Tensor]:
     if _has_kernels(_projected_layer, x, k1, k2):
-        y, h, c, cells, *_ = projected_ops.lstm_layer(x, *state, *w, reverse, k1, keep, batch_sizes)
+        args = (x, *state, *w, reverse, k1, keep, batch_sizes)
+        y, h, c, cells = direct.projected_layer(*args)
     else:
         y, h, c, cells = projected.lstm_layer(x, *state, *w, reverse, k1, k2)
     return y, (h, c), cells
@@ -507,7 +508,7 @@ def _as_computed(
     """Input, states and weights in the dtypes `layer` computes with.
 
     On the CPU that is bfloat16 with cell states in float32. float32 stands in for float16, and for
-    bfloat16 where projected layers, which are torch's arithmetic, would round at every operation.
+    bfloat16 where torch computes a projected layer, and would round at every operation.
     """
     if x.dtype == torch.bfloat16 and not _on_cuda(x) and _has_kernels(layer, x, k1, k2):
         return x, [(h, *_float(cell)) for h, *cell in states], groups

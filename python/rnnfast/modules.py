@@ -71,7 +71,7 @@ class LSTM(_Sequence, torch.nn.LSTM):
 
     Takes torch.nn.LSTM's arguments and two more keywords, truncate: k or (k1, k2), and memory:
     "normal" or "low", see `rnnfast.functional.lstm`, which also lists shapes, dtypes and errors.
-    Same seed, same weights. proj_size > 0 is computed right but slower.
+    Same seed, same weights. On CUDA, and truncated with k2 > k1, proj_size > 0 is right but slow.
     Hochreiter & Schmidhuber 1997.
     """
 

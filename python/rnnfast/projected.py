@@ -1,5 +1,7 @@
 """An LSTM layer with a projection (proj_size), step by step in torch: right, readable, not fast.
 
+For CUDA, and for windows that overlap (k2 > k1); all else has kernels (`projected_ops`).
+
 h[t] = (o * tanh(c[t])) W_hr^T (Sak, Senior & Beaufays 2014, "Long short-term memory recurrent
 neural network architectures for large scale acoustic modeling"). Autograd goes back through the
 steps, and truncation is what its definition says: states are detached where a window begins. So

@@ -14,13 +14,12 @@
 
 #include "../dispatch.h"
 #include "fingerprint.h"
+#include "forward_cells.h"
 #include "gemm.h"
 #include "packs.h"
-#include "plan.h"
 #include "steps.h"
+#include "sums.h"
 #include "unpacked.h"
-#include "vmath.h"
-#include "workspace.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -30,236 +29,12 @@ Engine engine() {
           l1_cache_bytes(),    l2_cache_bytes(), terms_in<Element>};
 }
 
-// What a thread owns of a recurrence.
-struct Part {
-  Range rows;          // batch rows
-  Range unit_vectors;  // vectors of hidden units
-};
-
-inline Part part_of(const Team& team, const Plan& plan, Index rows, Index unit_vectors) {
-  if (plan.split == Split::rows) return {team.share(rows), {0, unit_vectors}};
-  return {{0, rows}, team.share(unit_vectors)};
-}
-
-// The same where rows differ in the steps they run for: work_of(n) is that of the first n rows.
-template <class WorkOf>
-Part part_of(const Team& team, const Plan& plan, Index rows, Index unit_vectors, WorkOf&& work_of) {
-  Part part = part_of(team, plan, rows, unit_vectors);
-  if (plan.split == Split::units) return part;
-  const Index work = work_of(rows);
-  const auto border = [&](Index rank) {
-    Index low = 0, high = rows;  // the most rows with no more than their share
-    while (low < high) {
-      const Index middle = high - (high - low) / 2;
-      if (work_of(middle) * team.size <= work * rank)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    return low;
-  };
-  part.rows = {border(team.rank), team.rank + 1 < team.size ? border(team.rank + 1) : rows};
-  return part;
-}
-
 // Adds up the biases; absent ones are zero.
 template <class Storage>
 void add_biases(Index count, const Storage* b_ih, const Storage* b_hh, RealOf<Storage>* sum) {
   using Real = RealOf<Storage>;
   for (Index n = 0; n < count; ++n)
     sum[n] = (b_ih ? load(b_ih + n) : Real(0)) + (b_hh ? load(b_hh + n) : Real(0));
-}
-
-// The sums of a chunk of steps: of all its rows, or of a thread's own. They lie as the weights' panels do, row by row
-// within a panel: tiles add the recurrence's part to the projection's where it stands, and a cell finds its gates side
-// by side.
-template <class Element>
-struct ChunkSums {
-  using Real = SumOf<Element>;
-  Real* first;
-  Index rows;
-
-  // A line more than its rows: panels a power of two apart would evict each other from the cache.
-  static Index panel_size(Index rows) {
-    return rows * panel_width<Element> + Index(cache_line / sizeof(Real));
-  }
-  static Index size(const Columns<Element>& columns, Index rows) {
-    return columns.panels() * panel_size(rows);
-  }
-  // The most rows of a part of `rows` rows in each step that a chunk has room for.
-  static Index rows_for(const Plan& plan, const LayerShape& shape, Index rows) {
-    const Index mean = shape.mean_rows();
-    return std::max(rows, plan.chunk * (plan.split == Split::rows ? ceil_div(mean, plan.threads) : mean));
-  }
-  // Those of all threads together.
-  static Index size(const Columns<Element>& columns, const Plan& plan, const LayerShape& shape) {
-    if (plan.split == Split::units) return size(columns, rows_for(plan, shape, shape.B));
-    return plan.threads * size(columns, rows_for(plan, shape, 0)) + columns.panels() * panel_width<Element> * shape.B;
-  }
-  // This thread's, who own rows or share all of them.
-  static ChunkSums of(const Columns<Element>& columns, const Team& team, const Plan& plan, const LayerShape& shape,
-                      Range rows, Real* sums) {
-    const Index most = rows_for(plan, shape, rows.size());
-    if (plan.split == Split::units) return {sums, most};
-    const Index before =
-        team.rank * size(columns, rows_for(plan, shape, 0)) + columns.panels() * panel_width<Element> * rows.begin;
-    return {sums + before, most};
-  }
-  Real* row(Piece piece, Index m) const {
-    return first + piece.panel * panel_size(rows) + m * panel_width<Element> +
-           piece.first * Vec<Real>::width;
-  }
-};
-
-// The sums of a block of rows whose columns stand without gaps between gates, until they are spread to where the
-// recurrence finds them.
-template <class Element>
-struct DenseSums {
-  using Real = SumOf<Element>;
-  Columns<Element> columns;
-  Index H;
-  Real* first;
-
-  static Index row_size(const Columns<Element>& columns) { return columns.panels() * panel_width<Element>; }
-  static Index size(const Columns<Element>& columns) { return row_block * row_size(columns); }
-  Real* row(Piece piece, Index r) const {
-    return first + r * row_size(columns) + piece.panel * panel_width<Element> + piece.first * Vec<Real>::width;
-  }
-
-  // Row r, as row m of the chunk.
-  void spread(Index r, const Columns<Element>& gates, const ChunkSums<Element>& chunk, Index m) const {
-    using V = Vec<Real>;
-    const Real* from = first + r * row_size(columns);
-    for (Index panel = 0; panel < gates.panels(); ++panel) {
-      Real* to = chunk.row({panel, 0, tile_vectors}, m);
-      const Index lanes = gates.lanes(panel, 0);
-      for (Index v = 0; v < tile_vectors; ++v, to += V::width) {
-        const Real* vector = from + gates.column(panel, v);
-        (lanes == V::width ? V::load(vector) : V::load(vector, lanes)).store(to);
-      }
-    }
-  }
-};
-
-// The line that holds the end of a vector; the line of its beginning came with the vector before it.
-template <class Storage>
-RNNFAST_INLINE void prefetch_vector(const Storage* from) {
-  __builtin_prefetch(from + Vec<RealOf<Storage>>::width - 1, 1);
-}
-
-// The cells of one step: `operator()` finishes one vector of hidden units of row b, whose sums have a vector
-// for each gate; `prefetch` asks for the lines that it will use.
-template <class Storage>
-struct LstmCells {
-  using Real = RealOf<Storage>;
-  Index H;
-  const Real* bias;
-  Index carried;       // rows that come from the step before; the others begin
-  const Real* c_prev;  // (carried, H)
-  const Real* c0;      // (B, H)
-  Real* c;             // (rows, H)
-  Storage* h;          // (rows, H)
-  Real* gates;         // (rows, 4, H); null: not kept
-
-  RNNFAST_INLINE const Real* c_before(Index b) const { return b < carried ? c_prev : c0; }
-
-  RNNFAST_INLINE void prefetch(Index b, Index unit) const {
-    const Index at = b * H + unit;
-    prefetch_vector(c_before(b) + at);
-    prefetch_vector(c + at);
-    prefetch_vector(h + at);
-    if (!gates) return;
-    for (Index gate = 0; gate < 4; ++gate) prefetch_vector(gates + (b * 4 + gate) * H + unit);
-  }
-
-  RNNFAST_INLINE void operator()(Index b, Index unit, Index lanes, const Real* sums) const {
-    using V = Vec<Real>;
-    const Index at = b * H + unit;
-    const auto preactivation = [&](Index gate) RNNFAST_LAMBDA {
-      return V::load(sums + gate * V::width) + V::load(bias + gate * H + unit, lanes);
-    };
-    LstmGates<V> gate{preactivation(0), preactivation(1), preactivation(2), preactivation(3)};
-    V c_new, h_new;
-    lstm_forward(gate, V::load(c_before(b) + at, lanes), c_new, h_new);
-    if (gates) {
-      Real* kept = gates + b * 4 * H + unit;
-      gate.i.store(kept, lanes);
-      gate.f.store(kept + H, lanes);
-      gate.g.store(kept + 2 * H, lanes);
-      gate.o.store(kept + 3 * H, lanes);
-    }
-    c_new.store(c + at, lanes);
-    store(h_new, h + at, lanes);
-  }
-};
-
-template <class Storage, class Nonlinearity>
-struct RnnCells {
-  using Real = RealOf<Storage>;
-  Index H;
-  const Real* bias;
-  Storage* h;  // (rows, H)
-
-  RNNFAST_INLINE void prefetch(Index b, Index unit) const { prefetch_vector(h + b * H + unit); }
-
-  RNNFAST_INLINE void operator()(Index b, Index unit, Index lanes, const Real* sums) const {
-    using V = Vec<Real>;
-    const V a = V::load(sums) + V::load(bias + unit, lanes);
-    store(Nonlinearity::forward(a), h + b * H + unit, lanes);
-  }
-};
-
-// The layer as its recurrence sees it: the cells of a step.
-template <class Storage>
-struct LstmForward {
-  using Real = RealOf<Storage>;
-  static constexpr Index gates = 4;
-  const LayerForward<Storage>& layer;
-  const Real* bias;
-  Storage* m;  // (B, H): the step's, where h is projected and m not kept
-
-  // What is projected to the h of step t.
-  Storage* projected(Index t) const {
-    return layer.m ? layer.m + layer.shape.first_row(t) * layer.shape.H : m;
-  }
-
-  // Of step t, to which `carried` rows come from the step before it.
-  LstmCells<Storage> cells(Index t, Index carried) const {
-    const LayerShape& shape = layer.shape;
-    const Index H = shape.H, first = shape.first_row(t) * H;
-    const Index first_before = carried > 0 ? shape.first_row(shape.before(t)) * H : 0;
-    Real* c_prev = layer.c ? layer.c + first_before : layer.c_n;
-    Real* c = layer.c ? layer.c + first : layer.c_n;
-    Real* gates = layer.gates ? layer.gates + 4 * first : nullptr;
-    Storage* h = shape.projection > 0 ? projected(t) : layer.y + first;
-    return {H, bias, carried, c_prev, layer.c0, c, h, gates};
-  }
-};
-
-template <class Storage, class Nonlinearity>
-struct RnnForward {
-  using Real = RealOf<Storage>;
-  static constexpr Index gates = 1;
-  const LayerForward<Storage>& layer;
-  const Real* bias;
-  Storage* m;  // none
-
-  Storage* projected(Index) const { return m; }
-
-  RnnCells<Storage, Nonlinearity> cells(Index t, Index) const {
-    return {layer.shape.H, bias, layer.y + layer.shape.first_row(t) * layer.shape.H};
-  }
-};
-
-template <class Storage>
-Part part_of(const Team& team, const Plan& plan, const LayerForward<Storage>& layer, Index unit_vectors) {
-  const LayerShape& shape = layer.shape;
-  if (!shape.offsets) return part_of(team, plan, shape.B, unit_vectors);
-  return part_of(team, plan, shape.B, unit_vectors, [&](Index rows) {
-    Index work = 0;
-    for (Index t = 0; t < shape.T; ++t) work += std::min(rows, shape.rows_at(t));
-    return work;
-  });
 }
 
 // One thread's part of the whole layer; Input and Hidden are how the weights are laid out.

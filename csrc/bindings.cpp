@@ -1,6 +1,6 @@
 // The extension module: integers and addresses in, the GIL released, exceptions out. No arithmetic and no
 // array types; whoever calls has allocated and checked everything (python/rnnfast/ops.py). Only a layer's
-// forward pass takes tensors (python/layer.h).
+// forward pass takes tensors (python/layer.h), and the question whether they are plain ones (python/plain.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,6 +19,7 @@
 #include "python/layer.h"
 #include "python/names.h"
 #include "python/offsets.h"
+#include "python/plain.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -146,6 +147,7 @@ void bind_layers(py::module_& module, const std::string& suffix) {
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The native core of rnnfast; use rnnfast's Python modules instead.";
   python::bind_layer(module);
+  python::bind_plain(module);
   bind_layers<float>(module, "float32");
   bind_layers<double>(module, "float64");
   bind_layers<BFloat16>(module, "bfloat16");

@@ -1,4 +1,4 @@
-"""Fixtures that force what would otherwise be the machine's choice: instruction set and threads."""
+"""Fixtures that force what would otherwise be the machine's choice, or torch's version's."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["exchange", "attributes"])
+def reading(request):
+    """Both ways in which the core may read a tensor."""
+    before = _native.core.use_exchange(request.param == "exchange")
+    yield
+    _native.core.use_exchange(before)
 
 
 @pytest.fixture(autouse=True)

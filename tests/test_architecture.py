@@ -111,7 +111,9 @@ def test_imports_are_seen():
 
 # Headers that are neither C++'s own nor ours, and the only files that may include them.
 FOREIGN = {
-    "pybind11/pybind11.h": {"bindings.cpp", "cuda/bindings.h", "python/layer.h", "python/tensor.h"},
+    "pybind11/pybind11.h": {
+        *("bindings.cpp", "cuda/bindings.h", "python/layer.h", "python/plain.h", "python/tensor.h"),
+    },
     "pybind11/stl.h": {"bindings.cpp", "cuda/bindings.h", "python/layer.cpp"},
     "pybind11/gil_safe_call_once.h": {"python/tensor.cpp"},
     "dlfcn.h": {"bindings.cpp"},

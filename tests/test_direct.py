@@ -63,14 +63,6 @@ def ways(monkeypatch):
     return seen
 
 
-@pytest.fixture(params=["exchange", "attributes"])
-def reading(request):
-    """Both ways in which the core may read a tensor."""
-    before = _native.core.use_exchange(request.param == "exchange")
-    yield
-    _native.core.use_exchange(before)
-
-
 # The same results
 
 

@@ -255,6 +255,19 @@ def test_mixed_devices_and_layouts():
     torch.testing.assert_close(module(x)[0], module(x.contiguous())[0])
 
 
+@pytest.mark.usefixtures("reading")
+def test_the_core_reads_a_gpu_s_tensors():
+    core, x = _native.core, torch.ones(2, 3, device="cuda")
+    call = (x.shape, x.shape), x.dtype, x.device
+    assert core.are_plain((x, torch.nn.Parameter(x)), *call)
+    others = [x.cpu(), x.cpu().pin_memory(), x.half(), x[:1], x.to_sparse(), torch._neg_view(x)]
+    for other in others:
+        assert not core.are_plain((x, other), *call)
+        assert not core.are_plain((other, x), *call)
+    for device in ("cpu", "cuda", f"cuda:{x.device.index + 1}"):
+        assert not core.are_plain((x, x), *call[:2], torch.device(device))
+
+
 def test_out_of_memory_is_torch_s_error():
     module = LSTM(8, 512, device="cuda")
     free = torch.cuda.mem_get_info()[0]
@@ -271,3 +284,5 @@ def test_another_device():
         x = torch.randn(12, 4, 16, device="cuda:0", dtype=dtype)
         want = module(x)[0].to("cuda:1")
         assert torch.equal(module.to("cuda:1")(x.to("cuda:1"))[0], want)
+        pair = (x, x.to("cuda:1")), (x.shape, x.shape), dtype
+        assert not any(_native.core.are_plain(*pair, t.device) for t in pair[0])

@@ -10,15 +10,29 @@ namespace rnnfast::python::dlpack {
 
 constexpr char capsule_name[] = "dlpack_exchange_api";
 constexpr std::uint32_t major_version = 1;
-constexpr std::int32_t cpu = 1;  // a device type
+constexpr std::int32_t cpu = 1, cuda = 2;  // device types
 constexpr std::uint8_t floating = 2, bfloat = 4;  // number codes
+
+struct Place {
+  std::int32_t type, id;
+
+  bool operator==(const Place& other) const { return type == other.type && id == other.id; }
+};
+
+struct Number {
+  std::uint8_t code, bits;
+  std::uint16_t lanes;
+
+  bool operator==(const Number& other) const {
+    return code == other.code && bits == other.bits && lanes == other.lanes;
+  }
+};
 
 struct Tensor {
   void* data;
-  std::int32_t device_type, device_id;
+  Place place;
   std::int32_t axes;
-  std::uint8_t number_code, bits;
-  std::uint16_t lanes;
+  Number number;
   std::int64_t* sizes;
   std::int64_t* strides;
   std::uint64_t byte_offset;

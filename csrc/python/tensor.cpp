@@ -5,8 +5,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "dlpack.h"
-
 namespace rnnfast::python {
 namespace {
 
@@ -14,11 +12,12 @@ namespace {
 struct Torch {
   PyObject *tensor_type, *parameter_type;
   std::array<PyObject*, 3> numbers;  // dtypes, by Number
+  PyObject* float16;
   PyObject* get_num_threads;
   const dlpack::ExchangeApi* exchange;
 
-  PyObject *contiguous, *data_ptr, *dtype, *is_contiguous, *is_cpu, *is_neg, *new_empty, *new_zeros,
-      *requires_grad, *shape, *to, *transpose;
+  PyObject *contiguous, *data_ptr, *device, *dtype, *is_contiguous, *is_cpu, *is_neg, *new_empty,
+      *new_zeros, *requires_grad, *shape, *to, *transpose;
   PyObject *zero, *one;
   PyObject* dtype_keyword;  // ("dtype",)
 
@@ -45,10 +44,12 @@ Torch look_up() {
   return {own(tensor_type),
           own(torch.attr("nn").attr("Parameter")),
           {own(torch.attr("float32")), own(torch.attr("float64")), own(torch.attr("bfloat16"))},
+          own(torch.attr("float16")),
           own(torch.attr("get_num_threads")),
           exchange_of(tensor_type),
           name("contiguous"),
           name("data_ptr"),
+          name("device"),
           name("dtype"),
           name("is_contiguous"),
           name("is_cpu"),
@@ -84,11 +85,10 @@ py::object call(PyObject* object, PyObject* method) {
 
 bool is_true(const py::object& object) { return object.ptr() == Py_True; }
 
-Number number_of(const dlpack::Tensor& view) {
-  if (view.lanes != 1) return Number::other;
-  if (view.number_code == dlpack::floating && view.bits == 32) return Number::float32;
-  if (view.number_code == dlpack::floating && view.bits == 64) return Number::float64;
-  if (view.number_code == dlpack::bfloat && view.bits == 16) return Number::bfloat16;
+Number number_of(dlpack::Number number) {
+  if (number == dlpack::Number{dlpack::floating, 32, 1}) return Number::float32;
+  if (number == dlpack::Number{dlpack::floating, 64, 1}) return Number::float64;
+  if (number == dlpack::Number{dlpack::bfloat, 16, 1}) return Number::bfloat16;
   return Number::other;
 }
 
@@ -96,9 +96,9 @@ Number number_of(const dlpack::Tensor& view) {
 bool read_by_exchange(PyObject* tensor, Array& array) {
   dlpack::Tensor view;
   if (torch().exchange->view_of_object(tensor, &view) != 0) return false;
-  if (view.device_type != dlpack::cpu || view.axes > most_axes) return false;
+  if (view.place.type != dlpack::cpu || view.axes > most_axes) return false;
   array.data = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
-  array.number = number_of(view);
+  array.number = number_of(view.number);
   array.shape.axes = view.axes;
   Index stride = 1;
   for (int axis = view.axes - 1; axis >= 0; --axis) {
@@ -123,6 +123,31 @@ bool read_by_attributes(PyObject* tensor, Array& array) {
   array.data = PyLong_AsVoidPtr(call(tensor, known.data_ptr).ptr());
   array.dense = is_true(call(tensor, known.is_contiguous));
   return !PyErr_Occurred();
+}
+
+// The dtype as DLPack has it, if kernels have it at all.
+std::optional<dlpack::Number> number_of(PyObject* dtype) {
+  const Torch& known = torch();
+  if (dtype == known.dtype_of(Number::float32)) return dlpack::Number{dlpack::floating, 32, 1};
+  if (dtype == known.dtype_of(Number::float64)) return dlpack::Number{dlpack::floating, 64, 1};
+  if (dtype == known.dtype_of(Number::bfloat16)) return dlpack::Number{dlpack::bfloat, 16, 1};
+  if (dtype == known.float16) return dlpack::Number{dlpack::floating, 16, 1};
+  return std::nullopt;
+}
+
+bool equal(PyObject* left, PyObject* right) {
+  const int answer = PyObject_RichCompareBool(left, right, Py_EQ);
+  return answer < 0 ? throw py::error_already_set() : answer != 0;
+}
+
+bool equal(PyObject* shape, const dlpack::Tensor& view) {
+  if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) != view.axes) return false;
+  for (int axis = 0; axis < view.axes; ++axis) {
+    PyObject* size = PyTuple_GET_ITEM(shape, axis);
+    int overflow;  // gives -1, which is no tensor's size
+    if (!PyLong_Check(size) || PyLong_AsLongLongAndOverflow(size, &overflow) != view.sizes[axis]) return false;
+  }
+  return true;
 }
 
 Tensor with_shape(PyObject* like, PyObject* method, PyObject* dtype, const Shape& shape) {
@@ -165,6 +190,40 @@ bool has_plain_type(PyObject* tensor) {
 bool is_lazily_negated(PyObject* tensor) { return is_true(call(tensor, torch().is_neg)); }
 
 bool requires_grad(PyObject* tensor) { return is_true(attribute(tensor, torch().requires_grad)); }
+
+Kind::Kind(PyObject* dtype, PyObject* device) : dtype_(dtype), device_(device) {
+  if (exchange_wanted && torch().exchange) number_ = number_of(dtype);
+}
+
+bool Kind::has(PyObject* tensor, PyObject* shape) {
+  if (!has_plain_type(tensor)) return false;
+  try {
+    return (number_ ? has_view(tensor, shape) : has_attributes(tensor, shape)) && !is_lazily_negated(tensor);
+  } catch (const py::error_already_set& error) {  // as of a sparse tensor, which has no storage
+    if (error.matches(PyExc_RuntimeError) || error.matches(PyExc_BufferError)) return false;
+    throw;
+  }
+}
+
+bool Kind::has_view(PyObject* tensor, PyObject* shape) {
+  dlpack::Tensor view;
+  if (torch().exchange->view_of_object(tensor, &view) != 0) throw py::error_already_set();
+  if (!view.data || !(view.number == *number_) || !equal(shape, view)) return false;
+  if (place_ && view.place == *place_) return true;
+  if (!is_on_device(tensor)) return false;
+  // Of other devices DLPack may not tell one from another.
+  if (view.place.type == dlpack::cpu || view.place.type == dlpack::cuda) place_ = view.place;
+  return true;
+}
+
+bool Kind::has_attributes(PyObject* tensor, PyObject* shape) {
+  const Torch& known = torch();
+  return attribute(tensor, known.dtype).ptr() == dtype_ && PyTuple_Check(shape) &&
+         equal(attribute(tensor, known.shape).ptr(), shape) && is_on_device(tensor) &&
+         !equal(call(tensor, known.data_ptr).ptr(), known.zero);
+}
+
+bool Kind::is_on_device(PyObject* tensor) { return equal(attribute(tensor, torch().device).ptr(), device_); }
 
 void make_dense(Tensor& tensor) {
   if (tensor && !tensor.array.dense) tensor = known(call(tensor.object.ptr(), torch().contiguous));

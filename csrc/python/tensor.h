@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "../rnnfast.h"
+#include "dlpack.h"
 
 namespace rnnfast::python {
 
@@ -76,6 +77,26 @@ Tensor transposed(const Tensor& tensor);
 Tensor new_empty(const Tensor& like, Number number, const Shape& shape);
 Tensor new_zeros(const Tensor& like, const Shape& shape);
 Tensor converted(const Tensor& tensor, Number number);
+
+// What several tensors are to be: of one dtype and on one device, which are objects of torch's and stay the
+// caller's.
+class Kind {
+ public:
+  Kind(PyObject* dtype, PyObject* device);
+
+  // Whether it has a plain type and this shape, a tuple of ints, and data_ptr() leads to its very elements. A
+  // RuntimeError means that it does not; other errors are thrown.
+  bool has(PyObject* tensor, PyObject* shape);
+
+ private:
+  bool has_view(PyObject* tensor, PyObject* shape);
+  bool has_attributes(PyObject* tensor, PyObject* shape);
+  bool is_on_device(PyObject* tensor);
+
+  PyObject *dtype_, *device_;
+  std::optional<dlpack::Number> number_;  // the dtype, where tensors are read through DLPack
+  std::optional<dlpack::Place> place_;    // the device, once a tensor was found there
+};
 
 int thread_count();  // torch.get_num_threads()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 
 from . import bidirectional, cuda_ops, ops
+from ._native import core
 from .cpu import GATES
 from .cuda_ops import Layers, state_dtype
 from .watched import PLAIN_TYPES
@@ -132,7 +133,11 @@ def _run(
     """x in any shape that has `rows` T, B, I; states (*lead, H), or None for zeros; cut: k1, k2."""
     w_ih, w_hh, b_ih, b_hh = weights
     T, B, I = rows
-    if type(w_hh) not in PLAIN_TYPES or w_hh.dim() != 2 or T == 0 or is_autocast_enabled(_type(x)):
+    place = _place(x)
+    x_shape, dtype, device, device_type = place
+    if T == 0 or dtype not in cuda_ops.FORMATS or is_autocast_enabled(device_type):
+        return None
+    if w_ih is None or type(w_hh) not in PLAIN_TYPES or w_hh.dim() != 2:
         return None
     H = w_hh.shape[1]
     h0 = c0 = None
@@ -145,20 +150,17 @@ def _run(
     state_shape, gates = (*lead, H), GATES[cell] * H
     biases = (gates,)
     given = (x, w_ih, w_hh, b_ih, b_hh, h0, c0)
-    shapes = (x.shape, (gates, I), w_hh.shape, biases, biases, state_shape, state_shape)
-    dtype = x.dtype
-    if w_ih is None or w_hh.shape[0] != gates or dtype not in cuda_ops.FORMATS:
-        return None
-    if not _are_plain(given, shapes, dtype, x.device):
+    shapes = (x_shape, (gates, I), (gates, H), biases, biases, state_shape, state_shape)
+    if not core.are_plain(given, shapes, dtype, device):
         return None
     sizes = (T, B, I, H)
-    if not is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
+    if not _needs_grad(given):
         kept = kept_without_gradient
         return layers.forward(cell, sizes, reverse, kept, x, h0, c0, *weights, state_shape)[:4]
     if keep == "nothing":
         return None  # the operator refuses when the gradient is asked for
     k1, k2 = ops.window(T, *cut)
-    call = (layers, cell, sizes, reverse, k1, k2, keep, state_shape)
+    call = (layers, cell, sizes, reverse, k1, k2, keep, state_shape, place)
     return _apply(x, h0, c0, *weights, call)
 
 
@@ -166,29 +168,30 @@ def _run_both(cell, x, states, weights, k1, k2, keep) -> tuple[Tensor | None, ..
     """y (T, B, 2 * H) and h_n, c_n, c of either direction."""
     if type(x) not in PLAIN_TYPES or (layers := _layers_for(x)) is None or x.dim() != 3:
         return None
-    w_hh = weights[0][1]
-    if type(w_hh) not in PLAIN_TYPES or w_hh.dim() != 2 or is_autocast_enabled(_type(x)):
+    w_hh, place = weights[0][1], _place(x)
+    x_shape, dtype, device, device_type = place
+    if type(w_hh) not in PLAIN_TYPES or w_hh.dim() != 2 or is_autocast_enabled(device_type):
         return None
-    (T, B, I), H = x.shape, w_hh.shape[1]
+    (T, B, I), H = x_shape, w_hh.shape[1]
     own = []
     for state, w in zip(states, weights, strict=True):
         h0, c0 = state if cell == "lstm" else (*state, None)
         own.append((h0, c0, *w))
-    if T == 0 or x.dtype not in cuda_ops.FORMATS:
+    if T == 0 or dtype not in cuda_ops.FORMATS:
         return None
     given = (x, *own[0], *own[1])
     shapes = _shapes_of_direction(cell, B, I, H)
-    if not _are_plain(given, (x.shape, *shapes, *shapes), x.dtype, x.device):
+    if not core.are_plain(given, (x_shape, *shapes, *shapes), dtype, device):
         return None
     sizes = (T, B, I, H)
-    if not is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
+    if not _needs_grad(given):
         kept = _kept_without_gradient(keep)
         y, first, second = layers.forward_both(cell, sizes, kept, x, *own)
         return y, *first[:3], *second[:3]
     if keep == "nothing":
         return None
     k1, k2 = ops.window(T, k1, k2)
-    return _apply_both(*given, (layers, cell, sizes, k1, k2, keep))
+    return _apply_both(*given, (layers, cell, sizes, k1, k2, keep, place))
 
 
 def _shapes_of_direction(cell, B, I, H) -> tuple[tuple[int, ...], ...]:
@@ -197,35 +200,18 @@ def _shapes_of_direction(cell, B, I, H) -> tuple[tuple[int, ...], ...]:
     return (B, H), (B, H), (rows, I), (rows, H), (rows,), (rows,)
 
 
-def _type(x: Tensor) -> str:
-    return "cuda" if x.is_cuda else x.device.type
+def _place(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device, str]:
+    """Its shape, dtype, device and type of device, read once, as each reading makes an object."""
+    device = x.device
+    return x.shape, x.dtype, device, "cuda" if x.is_cuda else device.type
 
 
-def _are_plain(
-    tensors: Sequence[Tensor | None],
-    shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> bool:
-    """Whether data_ptr() leads to the tensors' very elements, and they have these shapes.
-
-    A sparse tensor has no storage, which is a RuntimeError; a lazy negation and lazy zeros are not
-    there to be read; nor are the elements of an empty tensor.
-    """
-    try:
-        for tensor, shape in zip(tensors, shapes, strict=True):
-            if tensor is not None and (
-                type(tensor) not in PLAIN_TYPES
-                or tensor.dtype is not dtype
-                or tensor.shape != shape
-                or tensor.device != device
-                or tensor.is_neg()
-                or tensor.data_ptr() == 0
-            ):
-                return False
-    except RuntimeError:
-        return False
-    return True
+def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    if is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 # Autograd
@@ -236,7 +222,7 @@ class RnnfastCudaLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, h0, c0, w_ih, w_hh, b_ih, b_hh, call):
-        layers, cell, sizes, reverse, _, _, keep, state_shape = call
+        layers, cell, sizes, reverse, _, _, keep, state_shape, _ = call
         y, h_n, c_n, c, gates = layers.forward(
             cell, sizes, reverse, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh, state_shape
         )
@@ -244,7 +230,7 @@ class RnnfastCudaLayer(torch.autograd.Function):
         if keep != "cells":
             b_ih = b_hh = None
         ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, gates)
-        ctx.call, ctx.place = call, (x.shape, x.dtype, x.device)
+        ctx.call = call
         return y, h_n, c_n, c
 
     @staticmethod
@@ -254,7 +240,7 @@ class RnnfastCudaLayer(torch.autograd.Function):
             ctx.needs_input_grad
         )
         wants = (need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih or need_b_hh)
-        layers, cell, sizes, reverse, k1, k2, _, _ = ctx.call
+        layers, cell, sizes, reverse, k1, k2, *_ = ctx.call
         short = _may_go_back(ctx, upstream, saved)
         dx, dh0, dc0, dw_ih, dw_hh, db = (layers.backward if short else ops.backward)(
             cell, sizes, reverse, k1, k2, upstream, saved, wants
@@ -269,7 +255,7 @@ class RnnfastCudaLayerBothDirections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *own_and_call):
         first, second, (call,) = bidirectional.split(own_and_call, 6)
-        layers, cell, sizes, _, _, keep = call
+        layers, cell, sizes, _, _, keep, _ = call
         y, given, given_reverse = layers.forward_both(cell, sizes, keep, x, first, second)
         ctx.set_materialize_grads(False)
         saved = [x, y]
@@ -277,13 +263,13 @@ class RnnfastCudaLayerBothDirections(torch.autograd.Function):
             biases = own[4:] if keep == "cells" else (None, None)
             saved += [*own[:4], *biases, c, gates]
         ctx.save_for_backward(*saved)
-        ctx.call, ctx.place = call, (x.dtype, x.device)
+        ctx.call = call
         return y, *given[:3], *given_reverse[:3]
 
     @staticmethod
     def backward(ctx, dy, *upstream):
         (x, y, *saved), needs = ctx.saved_tensors, ctx.needs_input_grad
-        layers, cell, sizes, k1, k2, _ = ctx.call
+        layers, cell, sizes, k1, k2, *_ = ctx.call
         H = sizes[-1]
         both = bidirectional.split(upstream, 3)[:2], bidirectional.split(saved, 8)[:2]
         wants = [(needs[0], *needs[n : n + 4], needs[n + 4] or needs[n + 5]) for n in (1, 7)]
@@ -316,10 +302,9 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     Not where they are to be differentiated again, nor where hooks have put something else in the
     place of saved tensors.
     """
-    x_shape, dtype, device = ctx.place
-    if is_grad_enabled() or _watched() or is_autocast_enabled(device.type):
+    _, cell, (_, _, I, H), *_, state, (x_shape, dtype, device, device_type) = ctx.call
+    if is_grad_enabled() or _watched() or is_autocast_enabled(device_type):
         return False
-    _, cell, (_, _, I, H), *_, state = ctx.call
     gates = GATES[cell] * H
     lead, rows = x_shape[:-1], (gates,)
     y = (*lead, H)
@@ -327,26 +312,23 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, h, c, kept = saved
     tensors = (dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, h, kept)
     shapes = (y, state, state, x_shape, state, state, (gates, I), (gates, H), rows, rows, y)
-    if not _are_plain(tensors, (*shapes, (*lead, gates)), dtype, device):
+    if not core.are_plain(tensors, (*shapes, (*lead, gates)), dtype, device):
         return False
-    return c is None or _are_plain((dc, c), (y, y), state_dtype(dtype), device)
+    return c is None or core.are_plain((dc, c), (y, y), state_dtype(dtype), device)
 
 
 def _both_may_go_back(ctx, dy, x, y, upstream, saved) -> bool:
     """The same for both directions."""
-    dtype, device = ctx.place
-    if is_grad_enabled() or _watched() or is_autocast_enabled(device.type):
+    _, cell, (T, B, I, H), *_, (x_shape, dtype, device, device_type) = ctx.call
+    if is_grad_enabled() or _watched() or is_autocast_enabled(device_type):
         return False
-    _, cell, (T, B, I, H), *_ = ctx.call
     state, sequence, own = (B, H), (T, B, H), _shapes_of_direction(cell, B, I, H)
-    gates = (T, B, GATES[cell] * H)
-    if not _are_plain((x, dy, y), ((T, B, I), *((T, B, 2 * H),) * 2), dtype, device):
-        return False
-    wide = state_dtype(dtype)
+    both, gates = (T, B, 2 * H), (T, B, GATES[cell] * H)
+    tensors, cells = [x, dy, y], []
     for (dh_n, dc_n, dc), (*given, c, kept) in zip(upstream, saved, strict=True):
-        shapes = (*own, state, state, gates)
-        if not _are_plain((*given, dh_n, dc_n, kept), shapes, dtype, device):
-            return False
-        if not _are_plain((dc, c), (sequence, sequence), wide, device):
-            return False
-    return True
+        tensors += (*given, dh_n, dc_n, kept)
+        cells += (dc, c)
+    shapes = (x_shape, both, both, *(*own, state, state, gates) * 2)
+    if not core.are_plain(tensors, shapes, dtype, device):
+        return False
+    return core.are_plain(cells, (sequence,) * 4, state_dtype(dtype), device)

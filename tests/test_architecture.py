@@ -23,6 +23,7 @@ ROOMS = {
     "bidirectional": {"torch"},
     "halved": set(),
     "watched": {"torch"},
+    "cuda_products": {"torch"},
     "cuda_ops": {"torch"},
     "cuda_direct": {"torch"},
     "direct": {"torch"},

@@ -1,50 +1,12 @@
 // From a plan and addresses to launches: the same code on a GPU and on the emulator.
 #pragma once
 
-#include <iterator>
-#include <utility>
-
 #include "cells.h"
+#include "instances.h"
 #include "kernels.h"
-#include "local.h"
 #include "pack.h"
-#include "recurrence.h"
-#include "resident.h"
 
 namespace rnnfast::cuda {
-
-template <class Engine>
-constexpr bool is_engine(const EngineTraits& traits) {
-  return traits.tile_rows == Engine::tile_rows && traits.tile_columns == Engine::tile_columns &&
-         traits.step == Engine::step && traits.tile_bytes == Engine::planes * 512 &&
-         traits.column_tiles == Engine::column_tiles &&
-         traits.resident_tiles == Engine::resident_tiles &&
-         traits.inputs_ahead == Engine::inputs_ahead && traits.row_tiles == Engine::row_tiles &&
-         traits.real_bytes == int(sizeof(typename Engine::Real)) &&
-         traits.state_bytes == int(sizeof(typename Engine::State));
-}
-template <Pass pass, int gates>
-constexpr bool engines_match() {
-  constexpr int rows = rows_side_by_side(pass, gates);
-  return is_engine<Fma<double>>(engine_traits(Format::float64, true, pass, gates)) &&
-         is_engine<Fma<float>>(engine_traits(Format::float32, true, pass, gates)) &&
-         is_engine<Mma<float, rows>>(engine_traits(Format::tf32, true, pass, gates)) &&
-         is_engine<Mma<Float16, rows>>(engine_traits(Format::float16, true, pass, gates)) &&
-         is_engine<Mma<BFloat16, rows>>(engine_traits(Format::bfloat16, true, pass, gates)) &&
-         is_engine<Fma<Float16>>(engine_traits(Format::float16, false, pass, gates)) &&
-         is_engine<Fma<BFloat16>>(engine_traits(Format::bfloat16, false, pass, gates));
-}
-static_assert(engines_match<Pass::forward, 1>() && engines_match<Pass::forward, 4>() &&
-              engines_match<Pass::backward, 1>() && engines_match<Pass::backward, 4>());
-
-// "recurrence forward (local) of LSTM, T 5, B 3, H 4": what an error names.
-inline std::string describe(const Plan& plan) {
-  const RecurrenceShape& shape = plan.work.shape;
-  return std::string("rnnfast: CUDA recurrence ") +
-         (plan.work.pass == Pass::forward ? "forward" : "backward") + " (" +
-         name(plan.method) + ") of " + (shape.cell == Cell::lstm ? "LSTM" : "RNN") + ", T " +
-         std::to_string(shape.T) + ", B " + std::to_string(shape.B) + ", H " + std::to_string(shape.H);
-}
 
 // What steps leave behind, which can be what goes round.
 template <class Real>
@@ -97,34 +59,6 @@ void empty(const Plan& plan, Real* exchange, Stream stream) {
   if (padding > 0) fill(exchange + terms, 0, padding, rows, pitch, stream);
 }
 
-template <class Real>
-constexpr Format tensor_core_format() {
-  return std::is_same<Real, BFloat16>::value  ? Format::bfloat16
-         : std::is_same<Real, Float16>::value ? Format::float16
-         : std::is_same<Real, float>::value   ? Format::tf32
-                                              : Format::float64;
-}
-
-// body(engine, problem): the types for a plan's number of units and columns.
-template <class Step, int number = 0, class Body>
-void with_local_types(const Plan& plan, Body&& body) {
-  using Real = typename Step::Real;
-  constexpr int sizes = int(std::size(local_units)), kinds = int(std::size(local_columns));
-  if constexpr (number < sizes * kinds) {
-    constexpr int units = local_units[number / kinds], columns = local_columns[number % kinds];
-    constexpr int terms = Step::sums == 1 ? units * Step::gates : units;
-    if constexpr (is_local(tensor_core_format<Real>(), columns, units, Step::sums, terms)) {
-      using Problem = LocalProblem<Real, units, Step::sums, terms>;
-      using Engine = std::conditional_t<columns == 8, LocalMma<Problem>, LocalFma<Problem, columns == 8 ? 1 : columns>>;
-      if (plan.local_units == units && plan.tiling.group_columns == columns)
-        return body(Engine{}, Problem{});
-    }
-    with_local_types<Step, number + 1>(plan, body);
-  } else {
-    throw std::logic_error(describe(plan) + ": no kernel for this plan");
-  }
-}
-
 template <class Step>
 void run_locally(const Plan& plan, const typename Step::Layer* layers, int steps, void* scratch, Stream stream) {
   Arguments<Step> args = arguments_of<Step>(plan, layers, static_cast<char*>(scratch));
@@ -138,30 +72,6 @@ void run_locally(const Plan& plan, const typename Step::Layer* layers, int steps
     launch(describe(plan), recur_locally<Engine, decltype(problem), Step>,
            {{1, plan.groups, directions}, Engine::warps * 32, 1, std::size_t(plan.shared.bytes), false}, stream, args);
   });
-}
-
-// body(kernel) for the shape of a plan's blocks.
-template <class Step, int number = 0, class Body>
-void with_resident_kernel(const Plan& plan, Body&& body) {
-  if constexpr (number < resident_shape_count) {
-    constexpr ResidentShape shape = resident_shapes(Step::sums, number);
-    if (plan.shape == number) return body(recur_resident<Step, Shape<shape.rows, shape.steps, shape.columns>>);
-    with_resident_kernel<Step, number + 1>(plan, body);
-  } else {
-    throw std::logic_error(describe(plan) + ": no kernel for this plan");
-  }
-}
-
-template <class Engine>
-constexpr bool is_on_tensor_cores = false;
-template <class Real, int rows>
-constexpr bool is_on_tensor_cores<Mma<Real, rows>> = true;
-
-// The kernel for so many columns at once.
-template <class Engine, class From, class Step>
-auto recurrence_kernel(const Tiling& tiling) {
-  return tiling.pass_columns <= Engine::tile_columns ? recur<Engine, From, Step, 1>
-                                                     : recur<Engine, From, Step, Engine::column_tiles>;
 }
 
 // All launches of one recurrence; `steps` is how many steps it has.
@@ -201,22 +111,6 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
     shape.cluster = plan.blocks;
     launch(what, recurrence_kernel<Engine, FromShared, Step>(plan.tiling), shape, stream, args);
   }
-}
-
-// body(engine, gates): the types for a plan; gates as std::integral_constant.
-template <class Real, Pass pass, class Body>
-void with_types(const Plan& plan, Body&& body) {
-  const auto with_engine = [&](auto gates) {
-    constexpr int rows = rows_side_by_side(pass, gates.value);
-    if constexpr (std::is_same<Real, double>::value) {
-      body(Fma<double>{}, gates);
-    } else {
-      if (plan.engine.tensor_cores) return body(Mma<Real, rows>{}, gates);
-      body(Fma<Real>{}, gates);
-    }
-  };
-  if (plan.work.shape.cell == Cell::lstm) return with_engine(std::integral_constant<int, 4>{});
-  with_engine(std::integral_constant<int, 1>{});
 }
 
 template <class Real>

@@ -398,6 +398,13 @@ Plan plan_recurrence(const Device& device, const Work& work) {
   return best;
 }
 
+std::string describe(const Plan& plan) {
+  const RecurrenceShape& shape = plan.work.shape;
+  return std::string("rnnfast: CUDA recurrence ") + (plan.work.pass == Pass::forward ? "forward" : "backward") + " (" +
+         name(plan.method) + ") of " + (shape.cell == Cell::lstm ? "LSTM" : "RNN") + ", T " + std::to_string(shape.T) +
+         ", B " + std::to_string(shape.B) + ", H " + std::to_string(shape.H);
+}
+
 Scratch scratch_layout(const Plan& plan) {
   const RecurrenceShape& shape = plan.work.shape;
   const EngineTraits& engine = plan.engine;

@@ -36,7 +36,7 @@ struct Work {
   int directions;  // 1, or 2 side by side
 };
 
-// The numbers of an engine (engine.h) that a plan depends on; launch.h holds them against the engine's own.
+// The numbers of an engine (engine.h) that a plan depends on; instances.h holds them against the engine's own.
 struct EngineTraits {
   bool tensor_cores;
   int tile_rows, tile_columns, step;
@@ -201,6 +201,9 @@ constexpr const char* name(Method method) {
   }
   return "steps";
 }
+
+// "rnnfast: CUDA recurrence forward (local) of LSTM, T 5, B 3, H 4": what an error names.
+std::string describe(const Plan& plan);
 
 // Memory of one call, in the order it lies in the scratch.
 struct Scratch {

@@ -16,7 +16,8 @@ from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from . import bidirectional, cuda_ops, ops
 from ._native import core
 from .cpu import GATES
-from .cuda_ops import Layers, state_dtype
+from .cuda_ops import Layers
+from .cuda_products import state_dtype
 from .watched import PLAIN_TYPES
 from .watched import watched as _watched
 

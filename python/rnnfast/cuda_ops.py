@@ -1,12 +1,11 @@
-"""The operators on CUDA tensors: products by torch (cuBLAS), the recurrence by our kernels.
+"""The operators on CUDA tensors: `cuda_products`, by torch, and the recurrence, by our kernels.
 
 `Layers` is written against the extension module it is given and the tensors it gets, so the same
 code runs on a GPU with `_cuda` and, in tests, on CPU tensors with the emulator of the kernels.
 Everything is queued on torch's current stream and allocated by torch; nothing waits for the device.
 
-Sums and cell states are float32 where the layer's dtype has 16 bits: c is kept in float32 then, and
-c_n rounded to the layer's dtype at the end. float32 products use TF32 where
-torch.backends.cuda.matmul.allow_tf32 says so, in the recurrence as in torch's own.
+float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so, in the recurrence as
+in torch's own.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native, bidirectional
+from . import _native, bidirectional, cuda_products
+from .cuda_products import state_dtype
 from .ops import (
     _check,
     _expect,
@@ -34,24 +34,10 @@ FORMATS = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and of the cell state of every step, c, in a layer of `dtype`."""
-    return torch.float32 if dtype in _HALF else dtype
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _dense(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    if tensor is None:
-        return None
-    if dtype is not None and tensor.dtype is not dtype:
-        tensor = tensor.to(dtype)
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # public ways make an object
@@ -123,7 +109,7 @@ class Layers:
         own = h0, c0, w_ih, w_hh, b_ih, b_hh
         arrays = self._forward_arrays(cell, sizes, keep, x, own, state_shape)
         self._launch("forward", cell, x, (T, B, H, T, T), (reverse,), (arrays,))
-        return _given(arrays, x)
+        return cuda_products.given(arrays, x)
 
     def forward_both(self, cell, sizes, keep, x, first, second) -> tuple[Tensor, tuple, tuple]:
         """y (T, B, 2 * H) of both directions and, of each, h_n, c_n, c and gates as `forward`.
@@ -135,7 +121,9 @@ class Layers:
             self._forward_arrays(cell, sizes, keep, x, own, (B, H)) for own in (first, second)
         ]
         self._launch("forward", cell, x, (T, B, H, T, T), (False, True), directions)
-        (y, *given), (y_reverse, *given_reverse) = (_given(arrays, x) for arrays in directions)
+        (y, *given), (y_reverse, *given_reverse) = (
+            cuda_products.given(arrays, x) for arrays in directions
+        )
         return torch.cat((y, y_reverse), -1), given, given_reverse
 
     def backward(
@@ -149,7 +137,7 @@ class Layers:
         T, B, _, H = sizes
         arrays = self._backward_arrays(cell, sizes, reverse, upstream, saved)
         self._launch("backward", cell, saved[0], (T, B, H, k1, k2), (reverse,), (arrays,))
-        return _gradients(arrays, sizes, reverse, saved, wants)
+        return cuda_products.gradients(arrays, sizes, reverse, saved, wants)
 
     def backward_both(
         self, cell, sizes, k1, k2, upstreams, saved, wants
@@ -166,31 +154,29 @@ class Layers:
         x = saved[0][0]
         self._launch("backward", cell, x, (T, B, H, k1, k2), (False, True), directions)
         return tuple(
-            _gradients(directions[reverse], sizes, reverse, saved[reverse], wants[reverse])
+            cuda_products.gradients(
+                directions[reverse], sizes, reverse, saved[reverse], wants[reverse]
+            )
             for reverse in (False, True)
         )
 
     def _forward_arrays(self, cell, sizes, keep, x, own, state_shape) -> tuple[Tensor | None, ...]:
+        """As `cuda_products.forward_arrays`; the states in `own` may be None for zeros."""
         _, B, _, H = sizes
         h0, c0, *weights = own
-        wide = state_dtype(x.dtype)
         if h0 is None:
             h0 = self._zeros(x, B, H, x.dtype)
-            c0 = self._zeros(x, B, H, wide) if cell == "lstm" else None
-        else:
-            h0, c0 = _dense(h0), _dense(c0, wide)
-        return _forward_arrays(cell, keep, x, h0, c0, *weights, state_shape)
+            c0 = self._zeros(x, B, H, state_dtype(x.dtype)) if cell == "lstm" else None
+        return cuda_products.forward_arrays(cell, keep, x, h0, c0, *weights, state_shape)
 
     def _backward_arrays(self, cell, sizes, reverse, upstream, saved) -> tuple[Tensor | None, ...]:
-        T, B, _, H = sizes
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, c, gates = saved
-        if cell == "lstm":
-            if gates is None:
-                gates = _gates(x, h0, w_ih, w_hh, b_ih, b_hh, y, sizes, reverse)
-            wide = state_dtype(x.dtype)
-            c0 = self._zeros(x, B, H, wide) if c0 is None else _dense(c0, wide)
-        state_shape = (B, H) if h0 is None else h0.shape
-        return _backward_arrays(cell, upstream, w_hh, c0, y, c, gates, state_shape, (T, B))
+        """As `cuda_products.backward_arrays`; the cell state may be None for zeros."""
+        _, B, _, H = sizes
+        x, h0, c0, *others = saved
+        if c0 is None and cell == "lstm":
+            c0 = self._zeros(x, B, H, state_dtype(x.dtype))
+        saved = (x, h0, c0, *others)
+        return cuda_products.backward_arrays(cell, sizes, reverse, upstream, saved)
 
     def run(self, name: str, calls: Sequence[tuple]) -> list[tuple]:
         """The results of an operator's calls: one, or two of a layer's directions side by side."""
@@ -212,7 +198,8 @@ class Layers:
         self, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, k1, k2, keep, batch_sizes=None
     ):
         _refuse_packed(batch_sizes)
-        T, B, _, H = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
+        sizes = _check(4, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0, "c0": c0})
+        T, B, _, H = sizes
         window(T, k1, k2)
         wide = state_dtype(x.dtype)
         c_shape, gates_shape = _kept_shapes(keep, T, B, H)
@@ -220,29 +207,30 @@ class Layers:
             yield None
             kept = x.new_empty(c_shape, dtype=wide), x.new_empty(gates_shape)
             return x.new_empty(T, B, H), h0.clone(), c0.clone(), *kept
-        states = (_dense(h0), _dense(c0, wide))
-        arrays = _forward_arrays("lstm", keep, x, *states, w_ih, w_hh, b_ih, b_hh, (B, H))
+        own = (h0, c0, w_ih, w_hh, b_ih, b_hh)
+        arrays = self._forward_arrays("lstm", sizes, keep, x, own, (B, H))
         yield Recurrence("forward", "lstm", x, (T, B, H, T, T), reverse, arrays)
-        y, h_n, c_n, c, gates = arrays[4:]
+        y, h_n, c_n, c, gates = cuda_products.given(arrays, x)
         gates = x.new_empty(0) if gates is None else gates.view(gates_shape)
         c = x.new_empty(0, dtype=wide) if c is None else c
-        return y, h_n, c_n.to(x.dtype), c, gates
+        return y, h_n, c_n, c, gates
 
     @_operator
     def rnn_layer(
         self, x, h0, w_ih, w_hh, b_ih, b_hh, nonlinearity, reverse, k1, k2, batch_sizes=None
     ):
         _refuse_packed(batch_sizes)
-        T, B, _, H = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
+        sizes = _check(1, x, w_ih, w_hh, b_ih, b_hh, {"h0": h0})
+        T, B, _, H = sizes
         window(T, k1, k2)
         cell = _cell(nonlinearity)
         if T == 0 or B == 0:
             yield None
             return x.new_empty(T, B, H), h0.clone()
-        weights = (w_ih, w_hh, b_ih, b_hh)
-        arrays = _forward_arrays(cell, "nothing", x, _dense(h0), None, *weights, (B, H))
+        own = (h0, None, w_ih, w_hh, b_ih, b_hh)
+        arrays = self._forward_arrays(cell, sizes, "nothing", x, own, (B, H))
         yield Recurrence("forward", cell, x, (T, B, H, T, T), reverse, arrays)
-        return arrays[4:6]
+        return cuda_products.given(arrays, x)[:2]
 
     @_operator
     def lstm_layer_backward(
@@ -251,29 +239,26 @@ class Layers:
         wants, biases, batch_sizes = _wants_and_biases(*rest)
         _refuse_packed(batch_sizes)
         states = {"h0": h0, "c0": c0, "dh_n": dh_n, "dc_n": dc_n}
-        T, B, I, H = _check(4, x, w_ih, w_hh, *biases, states)
-        wide = state_dtype(x.dtype)
+        sizes = _check(4, x, w_ih, w_hh, *biases, states)
+        T, B, _, H = sizes
         for name, tensor in {"dy": dy, "y": y}.items():
             _expect(name, tensor, (T, B, H), x)
         for name, tensor in {"dc": dc, "c": c}.items():
-            _expect(name, tensor, (T, B, H), x.new_empty(0, dtype=wide))
+            _expect(name, tensor, (T, B, H), x.new_empty(0, dtype=state_dtype(x.dtype)))
         _expect("gates", gates, (T, B, 4, H), x)
         if T == 0 or B == 0:
             yield None
             dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
             dc0 = torch.zeros_like(c0) if dc_n is None else dc_n.clone()
-            dx, dw_ih, dw_hh, db = _no_gradients(x, w_ih, w_hh, *wants)
+            dx, dw_ih, dw_hh, db = cuda_products.no_gradients(x, w_ih, w_hh, *wants)
             return dx, dh0, dc0, dw_ih, dw_hh, db
         k1, k2 = window(T, k1, k2)
-        if gates is None:
-            gates = _gates(x, h0, w_ih, w_hh, *biases, y, (T, B, I, H), reverse)
-        upstream, c0 = (dy, dh_n, dc_n, dc), _dense(c0, wide)
-        arrays = _backward_arrays("lstm", upstream, w_hh, c0, y, c, gates, (B, H), (T, B))
+        saved = (x, h0, c0, w_ih, w_hh, *biases, y, c, gates)
+        arrays = self._backward_arrays("lstm", sizes, reverse, (dy, dh_n, dc_n, dc), saved)
         yield Recurrence("backward", "lstm", x, (T, B, H, k1, k2), reverse, arrays)
-        da, dh0, dc0 = arrays[9:]
-        gradients = _products(da, x, h0, w_ih, y, (T, B, I, H), reverse, *wants)
-        dx, dw_ih, dw_hh, db = (x.new_empty(0) if d is None else d for d in gradients)
-        return dx, dh0, dc0.to(x.dtype), dw_ih, dw_hh, db
+        wants = (wants[0], True, True, *wants[1:])
+        gradients = cuda_products.gradients(arrays, sizes, reverse, saved, wants)
+        return tuple(x.new_empty(0) if d is None else d for d in gradients)
 
     @_operator
     def rnn_layer_backward(
@@ -281,23 +266,23 @@ class Layers:
     ):
         wants, batch_sizes = _wants_and_batch_sizes(*rest)
         _refuse_packed(batch_sizes)
-        T, B, I, H = _check(1, x, w_ih, w_hh, None, None, {"h0": h0, "dh_n": dh_n})
+        sizes = _check(1, x, w_ih, w_hh, None, None, {"h0": h0, "dh_n": dh_n})
+        T, B, _, H = sizes
         for name, tensor in {"dy": dy, "y": y}.items():
             _expect(name, tensor, (T, B, H), x)
         cell = _cell(nonlinearity)
         if T == 0 or B == 0:
             yield None
             dh0 = torch.zeros_like(h0) if dh_n is None else dh_n.clone()
-            dx, dw_ih, dw_hh, db = _no_gradients(x, w_ih, w_hh, *wants)
+            dx, dw_ih, dw_hh, db = cuda_products.no_gradients(x, w_ih, w_hh, *wants)
             return dx, dh0, dw_ih, dw_hh, db
         k1, k2 = window(T, k1, k2)
-        upstream = (dy, dh_n, None, None)
-        arrays = _backward_arrays(cell, upstream, w_hh, None, y, None, None, (B, H), (T, B))
+        saved = (x, h0, None, w_ih, w_hh, None, None, y, None, None)
+        arrays = self._backward_arrays(cell, sizes, reverse, (dy, dh_n, None, None), saved)
         yield Recurrence("backward", cell, x, (T, B, H, k1, k2), reverse, arrays)
-        da, dh0, _ = arrays[9:]
-        gradients = _products(da, x, h0, w_ih, y, (T, B, I, H), reverse, *wants)
-        dx, dw_ih, dw_hh, db = (x.new_empty(0) if d is None else d for d in gradients)
-        return dx, dh0, dw_ih, dw_hh, db
+        wants = (wants[0], True, False, *wants[1:])
+        dx, dh0, _, *dweights = cuda_products.gradients(arrays, sizes, reverse, saved, wants)
+        return tuple(x.new_empty(0) if d is None else d for d in (dx, dh0, *dweights))
 
     def _launch(
         self,
@@ -467,118 +452,6 @@ class _Zeros:
             self._views.clear()
         self._views[key] = view
         return view
-
-
-def _project(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
-    """x W_ih^T + b_ih + b_hh over all steps: (..., G * H), dense."""
-    bias = b_hh if b_ih is None else b_ih
-    if b_ih is not None and b_hh is not None:
-        bias = b_ih + b_hh
-    if x.is_contiguous():
-        return torch._C._nn.linear(x, w_ih, bias)
-    *lead, I = x.shape
-    return torch._C._nn.linear(x.reshape(-1, I), w_ih, bias).view(*lead, -1)
-
-
-def _forward_arrays(cell, keep, x, h0, c0, w_ih, w_hh, b_ih, b_hh, state_shape) -> tuple:
-    """What a recurrence forward is given and gives, as `Recurrence` has them; dense states."""
-    a = _project(x, w_ih, b_ih, b_hh)
-    y_shape = (*x.shape[:-1], w_hh.shape[1])
-    y, h_n = x.new_empty(y_shape), x.new_empty(state_shape)
-    if cell != "lstm":
-        return a, _dense(w_hh), h0, None, y, h_n, None, None, None
-    c_n = c0.new_empty(state_shape)
-    c = None if keep == "nothing" else c0.new_empty(y_shape)
-    gates = a if keep == "all" else None  # each gate takes the place of its pre-activation
-    return a, _dense(w_hh), h0, c0, y, h_n, c_n, c, gates
-
-
-def _backward_arrays(cell, upstream, w_hh, c0, y, c, gates, state_shape, rows) -> tuple:
-    """The same going back; rows: T, B."""
-    dy, dh_n, dc_n, dc = upstream
-    dy, dh_n, w_hh = _dense(dy), _dense(dh_n), _dense(w_hh)
-    da = w_hh.new_empty(*rows, w_hh.shape[0])
-    dh0 = w_hh.new_empty(state_shape)
-    if cell != "lstm":
-        return dy, dh_n, None, None, w_hh, None, _dense(y), None, None, da, dh0, None
-    wide = c0.dtype
-    dc_n, dc = _dense(dc_n, wide), _dense(dc, wide)
-    dc0 = c0.new_empty(state_shape)
-    return dy, dh_n, dc_n, dc, w_hh, c0, None, _dense(c), _dense(gates), da, dh0, dc0
-
-
-def _given(arrays, x: Tensor) -> tuple[Tensor | None, ...]:
-    """Of what a recurrence forward gave: y, h_n, c_n in the dtype of x, c, gates."""
-    y, h_n, c_n, c, gates = arrays[4:]
-    if c_n is not None and c_n.dtype is not x.dtype:
-        c_n = c_n.to(x.dtype)
-    return y, h_n, c_n, c, gates
-
-
-def _gradients(arrays, sizes, reverse, saved, wants) -> tuple[Tensor | None, ...]:
-    """What follows from a recurrence backward: dx, dh0, dc0, dw_ih, dw_hh, db where wanted."""
-    x, h0, _, w_ih, _, _, _, y, _, _ = saved
-    want_x, want_h0, want_c0, *want_weights = wants
-    da, dh0, dc0 = arrays[9:]
-    dx, *dweights = _products(da, x, h0, w_ih, y, sizes, reverse, want_x, *want_weights)
-    dc0 = dc0.to(x.dtype) if want_c0 else None
-    return dx, dh0 if want_h0 else None, dc0, *dweights
-
-
-def _gates(x, h0, w_ih, w_hh, b_ih, b_hh, y, sizes, reverse):
-    """The gates (T, B, 4, H) of an LSTM that has kept its h, not them: in two products."""
-    T, B, _, H = sizes
-    a = _project(x, w_ih, b_ih, b_hh)
-    flat, (first, later, before) = a.view(T * B, 4 * H), _steps(T, B, reverse)
-    if h0 is not None:
-        flat[first].addmm_(h0.reshape(B, H), w_hh.t())
-    flat[later].addmm_(y.reshape(T * B, H)[before], w_hh.t())
-    gates = a.view(T, B, 4, H)
-    gates[:, :, :2].sigmoid_()
-    gates[:, :, 2].tanh_()
-    gates[:, :, 3].sigmoid_()
-    return gates
-
-
-def _steps(T: int, B: int, reverse: bool) -> tuple[slice, slice, slice]:
-    """Of T * B rows: the first step's in processing order, the others, and those before these."""
-    others = (T - 1) * B
-    if reverse:
-        return slice(others, None), slice(others), slice(B, None)
-    return slice(B), slice(B, None), slice(others)
-
-
-def _products(da, x, h0, w_ih, y, sizes, reverse, want_x, want_w_ih, want_w_hh, want_b):
-    """dx, dw_ih, dw_hh, db from da (T, B, G * H): products and sums over all steps, or None.
-
-    h0: None for zeros, which bring nothing to dw_hh.
-    """
-    T, B, I, H = sizes
-    flat = da.view(T * B, da.shape[-1])
-    dx = torch.mm(flat, w_ih).view(x.shape) if want_x else None
-    dw_ih = torch.mm(flat.t(), x.reshape(T * B, I)) if want_w_ih else None
-    dw_hh = None
-    if want_w_hh:
-        first, later, before = _steps(T, B, reverse)
-        h_before = y.reshape(T * B, H)[before]
-        if h0 is None:
-            dw_hh = torch.mm(flat[later].t(), h_before)
-        else:
-            dw_hh = torch.mm(flat[first].t(), h0.reshape(B, H))
-            if T > 1:
-                dw_hh.addmm_(flat[later].t(), h_before)
-    db = flat.sum(0) if want_b else None
-    return dx, dw_ih, dw_hh, db
-
-
-def _no_gradients(x, w_ih, w_hh, want_x, want_w_ih, want_w_hh, want_b):
-    """The same where there is no step or no batch row."""
-    return (
-        x.new_zeros(x.shape if want_x else (0,)),
-        x.new_zeros(w_ih.shape if want_w_ih else (0,)),
-        x.new_zeros(w_hh.shape if want_w_hh else (0,)),
-        x.new_zeros((w_hh.shape[0],) if want_b else (0,)),
-    )
 
 
 # Of the GPU, where its kernels were built.

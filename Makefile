@@ -30,10 +30,10 @@ install: $(INSTALLED)
 EMULATOR := build/emulator/.built
 $(EMULATOR): $(INSTALLED) $(shell find csrc cmake -type f)
 	$(BIN)/python -m pip install --quiet pybind11 cmake ninja
-	$(BIN)/cmake -S . -B build/emulator -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	$(BIN)/cmake -S . -B build/emulator -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DCMAKE_BUILD_TYPE=Release -DRNNFAST_EMULATOR=ON -DRNNFAST_CUDA=OFF \
 	    -DSKBUILD_PROJECT_VERSION=0 -DSKBUILD_PROJECT_VERSION_FULL=0 \
-	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	    -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build build/emulator --target _emulated --parallel $(WORKERS)
 	touch $@

@@ -127,13 +127,13 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
   }
   // Each sequence's last states, as far as this thread made them; a projected h is there for everybody.
   const Range units{part.unit_vectors.begin * width, std::min(part.unit_vectors.end * width, H)};
-  const Range numbers = shape.projection > 0 ? (units_shared ? team.share(P) : Range{0, P}) : units;
+  const Range of_h = shape.projection > 0 ? (units_shared ? team.share(P) : Range{0, P}) : units;
   for (Index t = 0; t < T; ++t) {
     const Range ended = overlap({shape.rows_at(shape.after(t)), shape.rows_at(t)}, part.rows);
     for (Index b = ended.begin; b < ended.end; ++b) {
       const Index row = shape.first_row(t) + b;
       if (layer.h_n)
-        std::copy_n(layer.y + row * P + numbers.begin, numbers.size(), layer.h_n + b * P + numbers.begin);
+        std::copy_n(layer.y + row * P + of_h.begin, of_h.size(), layer.h_n + b * P + of_h.begin);
       if (layer.c) std::copy_n(layer.c + row * H + units.begin, units.size(), layer.c_n + b * H + units.begin);
     }
   }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -195,66 +196,40 @@ def rnn_cell(
     return _step("RNNCell", layer, 1, x, hx, w_ih, w_hh, b_ih, b_hh)[0]
 
 
-# Layers as stack.Layer has them; over the rows of packed sequences, if batch_sizes are given
+# Layers as stack.Layer has them, over the rows of packed sequences if batch_sizes are given. how:
+# reverse, k1, k2 and keep.
 
 
 def _lstm_layer(
-    x: Tensor,
-    state: State,
-    w: LayerWeights,
-    reverse: bool,
-    k1: int,
-    k2: int,
-    keep: str,
-    batch_sizes: Tensor | None = None,
+    x: Tensor, state: State, w: LayerWeights, *how: Any, batch_sizes: Tensor | None = None
 ) -> tuple[Tensor, State, Tensor]:
-    y, h, c, cells = direct.lstm_layer(x, *state, *w, reverse, k1, k2, keep, batch_sizes)
+    y, h, c, cells = direct.lstm_layer(x, *state, *w, *how, batch_sizes)
     return y, (h, c), cells
 
 
 def _projected_layer(
-    x: Tensor,
-    state: State,
-    w: LayerWeights,
-    reverse: bool,
-    k1: int,
-    k2: int,
-    keep: str,
-    batch_sizes: Tensor | None = None,
+    x: Tensor, state: State, w: LayerWeights, *how: Any, batch_sizes: Tensor | None = None
 ) -> tuple[Tensor, State, Tensor]:
+    reverse, k1, k2, keep = how
     if _has_kernels(_projected_layer, x, k1, k2):
-        args = (x, *state, *w, reverse, k1, keep, batch_sizes)
-        y, h, c, cells = direct.projected_layer(*args)
+        results = direct.projected_layer(x, *state, *w, reverse, k1, keep, batch_sizes)
     else:
-        y, h, c, cells = projected.lstm_layer(x, *state, *w, reverse, k1, k2)
+        results = projected.lstm_layer(x, *state, *w, reverse, k1, k2)
+    y, h, c, cells = results
     return y, (h, c), cells
 
 
 def _tanh_layer(
-    x: Tensor,
-    state: State,
-    w: LayerWeights,
-    reverse: bool,
-    k1: int,
-    k2: int,
-    keep: str,
-    batch_sizes: Tensor | None = None,
+    x: Tensor, state: State, w: LayerWeights, *how: Any, batch_sizes: Tensor | None = None
 ) -> tuple[Tensor, State, None]:
-    y, h = direct.rnn_layer(x, *state, *w, "tanh", reverse, k1, k2, batch_sizes)
+    y, h = direct.rnn_layer(x, *state, *w, "tanh", *how[:3], batch_sizes)
     return y, (h,), None
 
 
 def _relu_layer(
-    x: Tensor,
-    state: State,
-    w: LayerWeights,
-    reverse: bool,
-    k1: int,
-    k2: int,
-    keep: str,
-    batch_sizes: Tensor | None = None,
+    x: Tensor, state: State, w: LayerWeights, *how: Any, batch_sizes: Tensor | None = None
 ) -> tuple[Tensor, State, None]:
-    y, h = direct.rnn_layer(x, *state, *w, "relu", reverse, k1, k2, batch_sizes)
+    y, h = direct.rnn_layer(x, *state, *w, "relu", *how[:3], batch_sizes)
     return y, (h,), None
 
 

@@ -8,7 +8,7 @@ import pytest
 import rnnfast
 import torch
 from rnnfast import _native, explain
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 core = _native.core
 module = sys.modules["rnnfast.explain"]  # the name is the function's
@@ -134,6 +134,10 @@ def test_packed_sequences(two_threads):
     assert plan_for(512, 100, 2, 1).split == "units"
     assert plan_for(96, *range(60, 20, -1)).split == "rows"
     module = rnnfast.LSTM(64, 5)
+    for sizes, message in ((torch.tensor([2, 1], dtype=torch.int32), "int32"), ([2, 2], "3 rows")):
+        x = PackedSequence(torch.empty(3, 64), torch.as_tensor(sizes))
+        with pytest.raises(RuntimeError, match=message):
+            explain(module, x)
     with pytest.raises(NotImplementedError, match="x is a PackedSequence"):
         explain(module, pack_sequence([torch.empty(2, 64)]), gpu={})
 

@@ -326,3 +326,13 @@ def test_the_core_trusts_no_batch_sizes(ours, sizes, grad):
     message = "never grow|none more than the one before"
     with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError), match=message):
         module(x)
+
+
+@pytest.mark.parametrize("ours", [LSTM, RNN])
+def test_batch_sizes_that_change_before_the_gradient_is_asked_for(ours):
+    """More rows than were saved must not be read."""
+    module, sizes = ours(4, 5), torch.tensor([2, 1])
+    y = module(PackedSequence(torch.zeros(3, 4), sizes))[0].data
+    sizes[1] = 2
+    with pytest.raises(RuntimeError, match="x has 3 rows, but batch_sizes has 4"):
+        y.sum().backward()

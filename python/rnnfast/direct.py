@@ -292,11 +292,15 @@ def _may_go_back(ctx, upstream: tuple, saved: tuple) -> bool:
     """Whether the core may compute these gradients.
 
     Not where they are to be differentiated again, nor where hooks have put something else in the
-    place of saved tensors.
+    place of saved tensors, nor where batch_sizes have changed meanwhile.
     """
     if torch.is_grad_enabled() or _watched():
         return False
     cell, (T, B, I, H), *_ = ctx.call
+    if ctx.batch_sizes is not None:
+        rows = (T, ctx.x_shape[0])
+        if (len(ctx.batch_sizes), int(ctx.batch_sizes.sum())) != rows:
+            return False
     dtype = saved[0].dtype
     of_cell = accumulator(dtype)
     steps = (T, B) if ctx.batch_sizes is None else ctx.x_shape[:1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import bptt, checks, cuda_plan, modules
+from . import bptt, checks, cuda_plan, modules, ops
 from ._native import build_info, core, fma_peak, precision, read_bandwidth
 from .cuda_plan import CudaExplanation, size
 
@@ -177,6 +177,7 @@ def explain(
     T, B = (*x.shape[:-1], 1)[:2]
     if batch_sizes is not None:
         T, B = len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
+        batch_sizes = ops._known(batch_sizes, x, B)
     elif module.batch_first and x.dim() == 3:
         T, B = B, T
     if T == 0:

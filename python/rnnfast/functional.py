@@ -15,16 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import (
-    bptt,
-    checks,
-    cuda_direct,
-    cuda_ops,
-    direct,
-    packed,
-    projected,
-    stack,
-)
+from . import bptt, checks, cuda_direct, cuda_ops, direct, packed, projected, stack
 from .bptt import Truncation
 from .checks import LayerWeights
 from .stack import Layer, State

@@ -185,7 +185,7 @@ struct Packed {
   }
 
   // The product of `rows` rows with one piece.
-  void multiply(Index rows, Piece piece, const Element* const* a, TileTarget<SumOf<Element>> c) const {
+  void multiply(Index rows, Piece piece, const Element* const* a, const TileTarget<SumOf<Element>>& c) const {
     const Index whole = k_count / terms_in<Weight>;
     const Panel<Weight> panel{panels + piece.panel * panel_size(k_count) + piece.first * Vec<Weight>::width,
                               panel_width<Weight>};
@@ -199,7 +199,7 @@ struct Packed {
 
   // The term without a partner: what stands behind it in the row is not part of the sum, and may be NaN.
   static void add_last(Index rows, Index vectors, Index k, const Element* const* a, Panel<Weight> panel,
-                       TileTarget<SumOf<Element>> c) {
+                       const TileTarget<SumOf<Element>>& c) {
     constexpr Index parts = parts_of<Element, Weight>;
     Element last[row_block][parts];
     const Element* row[row_block];
@@ -212,8 +212,8 @@ struct Packed {
       }
       row[r] = last[r];
     }
-    c.accumulate = true;
-    cpu::RNNFAST_ISA::multiply(rows, vectors, 1, row, Panel<Weight>{panel.first + k * panel.stride, panel.stride}, c);
+    cpu::RNNFAST_ISA::multiply(rows, vectors, 1, row, Panel<Weight>{panel.first + k * panel.stride, panel.stride},
+                               {c.row, c.vector_stride, true});
   }
 };
 

@@ -18,6 +18,9 @@
 namespace rnnfast::cpu::RNNFAST_ISA {
 
 // Where a tile goes: row r, vector v at row[r] + v * vector_stride. Accumulate adds to what is there.
+//
+// Passed by reference: copies are made by vector loads, which wait until all stores before them, those of the
+// tile before included, have reached the cache, as the members were stored one by one.
 template <class Real>
 struct TileTarget {
   Real* const* row;
@@ -45,7 +48,7 @@ struct Terms {
 };
 
 template <class Element, class Weight = Element>
-using TileKernel = void (*)(Terms k, Left<Element> a, Panel<Weight> panel, TileTarget<SumOf<Element>> c);
+using TileKernel = void (*)(Terms k, Left<Element> a, Panel<Weight> panel, const TileTarget<SumOf<Element>>& c);
 
 // Tall tiles have issue slots to spare: they ask for the panel this many k ahead of its use, for panels that
 // come from the L3 cache. Short ones load so often that the processor's own prefetching does better.
@@ -53,20 +56,25 @@ constexpr Index prefetch_terms = 32;
 constexpr int prefetch_rows = 5;
 
 template <class Element, class Weight, int rows, int vectors>
-void tile(Terms k, Left<Element> a, Panel<Weight> panel, TileTarget<SumOf<Element>> c) {
+void tile(Terms k, Left<Element> a, Panel<Weight> panel, const TileTarget<SumOf<Element>>& c) {
   constexpr Index parts = parts_of<Element, Weight>;
   using Real = SumOf<Element>;
   using V = Vec<Real>;
   V sum[rows][vectors];
   const Element* row[rows];
+  // Read once: as far as the compiler knows, storing a vector may change them.
+  const Index vector_stride = c.vector_stride;
+  const bool accumulate = c.accumulate;
+  Real* to[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
     row[r] = a.row[r] + k.begin * parts * a.stride;
+    to[r] = c.row[r];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       sum[r][v] = V(Real(0));
       // The sum is added at the end; until then the line can travel.
-      if (c.accumulate) __builtin_prefetch(c.row[r] + v * c.vector_stride, 1);
+      if (accumulate) __builtin_prefetch(to[r] + v * vector_stride, 1);
     }
   }
   const Weight* from = panel.first + k.begin * panel.stride;
@@ -89,14 +97,17 @@ void tile(Terms k, Left<Element> a, Panel<Weight> panel, TileTarget<SumOf<Elemen
       }
     }
   }
+  const auto finish = [&](auto&& store) RNNFAST_LAMBDA {
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      Real* to = c.row[r] + v * c.vector_stride;
-      (c.accumulate ? V::load(to) + sum[r][v] : sum[r][v]).store(to);
+      for (int v = 0; v < vectors; ++v) store(sum[r][v], to[r] + v * vector_stride);
     }
-  }
+  };
+  if (accumulate)
+    finish([](V value, Real* at) RNNFAST_LAMBDA { (V::load(at) + value).store(at); });
+  else
+    finish([](V value, Real* at) RNNFAST_LAMBDA { value.store(at); });
 }
 
 // Every size of tile, found by [rows - 1][vectors - 1].
@@ -124,7 +135,7 @@ constexpr Index row_block = 128;
 // C[0..rows)[0..vectors) (+)= a[0..rows)[0..k) . panel, for rows <= row_block and any k.
 template <class Element, class Weight>
 void multiply(Index rows, Index vectors, Index k, const Element* const* a, Panel<Weight> panel,
-              TileTarget<SumOf<Element>> c) {
+              const TileTarget<SumOf<Element>>& c) {
   constexpr Index block = k_block<Element> / parts_of<Element, Weight>;
   const Index groups = (rows + tile_rows - 1) / tile_rows;
   const Index least = rows / groups, larger = rows % groups;  // the first groups have a row more

@@ -17,7 +17,7 @@ struct UnpackedColumns {
 
   using Real = SumOf<Element>;
 
-  void multiply(Index rows, Piece piece, const Element* const* a, TileTarget<Real> c) const {
+  void multiply(Index rows, Piece piece, const Element* const* a, const TileTarget<Real>& c) const {
     for (Index r = 0; r < rows; ++r) {
       for (Index v = 0; v < piece.vectors; ++v) {
         const Vec<Real> sum = dot(as_numbers(a[r]), piece.panel, piece.first + v);
@@ -85,7 +85,7 @@ struct UnpackedRows {
 
   bool is_whole(Index panel) const { return (panel + 1) * panel_width<Real> <= columns.units; }
 
-  void multiply(Index rows, Piece piece, const Real* const* a, TileTarget<Real> c) const {
+  void multiply(Index rows, Piece piece, const Real* const* a, const TileTarget<Real>& c) const {
     const Panel<Real> panel =
         is_whole(piece.panel)
             ? Panel<Real>{weights + piece.panel * panel_width<Real>, columns.units}

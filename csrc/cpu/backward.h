@@ -60,7 +60,7 @@ void products(Team& team, const StepInputs<Storage>& inputs, bool accumulate,
     const auto dh_of = [&](Index k) -> const Storage* { return scratch.dh.at(inputs.rows.begin + k); };
     const auto m_of = [&](Index k) -> const Storage* { return layer.m + (inputs.rows.begin + k) * H; };
     const auto nothing_of = [&](Index) -> const Storage* { return nullptr; };
-    weight_gradients<Element>(team.share(layer.shape.h_size()), rows, dh_of,
+    weight_gradients<Element>(team, layer.shape.h_size(), rows, dh_of,
                               GradientInput<Element, decltype(m_of)>{H, m_of, scratch.dw_hr},
                               GradientInput<Element, decltype(nothing_of)>{0, nothing_of, nullptr}, nullptr,
                               accumulate, blocks);
@@ -69,7 +69,7 @@ void products(Team& team, const StepInputs<Storage>& inputs, bool accumulate,
   const auto x_of = [&](Index k) { return inputs.x(k); };
   const auto h_prev_of = [&](Index k) { return inputs.h_prev(k); };
   weight_gradients<Element>(
-      team.share(GH), rows, da_of,
+      team, GH, rows, da_of,
       GradientInput<Element, decltype(x_of)>{layer.dw_ih ? I : 0, x_of, scratch.dw_ih},
       GradientInput<Element, decltype(h_prev_of)>{layer.dw_hh ? layer.shape.h_size() : 0, h_prev_of, scratch.dw_hh}, scratch.db,
       accumulate, blocks);

@@ -87,20 +87,55 @@ struct GradientInput {
   Index panels() const { return columns().panels(); }
 };
 
-// dw[m][n] of two inputs for m in `part`, from rows da_of(k); with db also db[m] = sum over k of da_of(k)[m].
-// Sums are added to what dw and db hold where `accumulate` is set.
+// What a thread makes of dw: some rows m of all panels, or all rows of some panels.
+struct GradientPart {
+  Range rows, panels;
+};
+
+// Threads that share panels copy their own alone of the inputs, which counts where few rows use each copy; but only
+// rows can be shared out evenly. vectors_before(p) counts those in panels [0, p).
+template <class VectorsBefore>
+GradientPart gradient_part(const Team& team, Index rows, Index panels, Index width, VectorsBefore&& vectors_before) {
+  constexpr double copy_cycles = 3, product_cycles = 0.5;  // of a vector
+  const Index vectors = vectors_before(panels);
+  const auto border = [&](Index rank) {
+    Index panel = 0;  // the first that begins nearest to where this rank's share does
+    while (panel < panels &&
+           (vectors_before(panel) + vectors_before(panel + 1)) * team.size < 2 * rank * vectors)
+      ++panel;
+    return panel;
+  };
+  Index most = 0;  // vectors of one thread
+  for (Index rank = 0; rank < team.size; ++rank)
+    most = std::max(most, vectors_before(border(rank + 1)) - vectors_before(border(rank)));
+  const auto cycles = [&](double own_rows, double own_vectors) {
+    const double groups = own_vectors / (GradientBlocks<float>::panels * tile_vectors);  // each copies da
+    return own_rows * own_vectors * product_cycles + (own_vectors + groups * own_rows / double(width)) * copy_cycles;
+  };
+  if (cycles(double(rows), double(most)) < cycles(double(rows) / double(team.size), double(vectors)))
+    return {{0, rows}, {border(team.rank), border(team.rank + 1)}};
+  return {team.share(rows), {0, panels}};
+}
+
+// This thread's part of dw[m][n] of two inputs for m in [0, rows), from rows da_of(k); with db also of
+// db[m] = sum over k of da_of(k)[m]. Sums are added to what dw and db hold where `accumulate` is set.
 // The panels of the second input follow those of the first, so each block of da is copied once for both.
 template <class Element, class DaOf, class FirstOf, class SecondOf>
-void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInput<Element, FirstOf>& first,
-                      const GradientInput<Element, SecondOf>& second, SumOf<Element>* db,
-                      bool accumulate, Element* scratch) {
+void weight_gradients(const Team& team, Index rows, Index k_count, DaOf&& da_of,
+                      const GradientInput<Element, FirstOf>& first, const GradientInput<Element, SecondOf>& second,
+                      SumOf<Element>* db, bool accumulate, Element* scratch) {
   using V = Vec<Element>;
   using Blocks = GradientBlocks<Element>;
   Element* const right = scratch;
   Element* const left = scratch + Blocks::right_count;
-  const Index all_panels = first.panels() + second.panels();
-  for (Index panel = 0; panel < all_panels; panel += Blocks::panels) {
-    const Range panels{panel, std::min(panel + Blocks::panels, all_panels)};
+  const Index split = first.panels();
+  const auto vectors_before = [&](Index panel) {
+    return std::min(std::min(panel, split) * tile_vectors, first.columns().unit_vectors()) +
+           std::min(std::max<Index>(panel - split, 0) * tile_vectors, second.columns().unit_vectors());
+  };
+  const GradientPart part = gradient_part(team, rows, split + second.panels(), V::width, vectors_before);
+  for (Index panel = part.panels.begin; panel < part.panels.end; panel += Blocks::panels) {
+    const Range panels{panel, std::min(panel + Blocks::panels, part.panels.end)};
     const Index blocks = std::max<Index>(ceil_div(k_count, Blocks::terms), 1);  // an empty sum is written too
     for (Index block = 0; block < blocks; ++block) {
       const Range k_range = share(k_count, block, blocks);
@@ -109,27 +144,26 @@ void weight_gradients(Range part, Index k_count, DaOf&& da_of, const GradientInp
       const Index elements = elements_in<Element>(terms), panel_size = elements * panel_width<Element>;
       // Calls body(input, its panels, where they are packed) for the inputs that have panels in this group.
       const auto for_each_input = [&](auto&& body) {
-        const Index split = std::clamp(first.panels(), panels.begin, panels.end);
-        if (panels.begin < split) body(first, Range{panels.begin, split}, right);
-        if (split < panels.end)
-          body(second, Range{split - first.panels(), panels.end - first.panels()},
-               right + (split - panels.begin) * panel_size);
+        const Index border = std::clamp(split, panels.begin, panels.end);
+        if (panels.begin < border) body(first, Range{panels.begin, border}, right);
+        if (border < panels.end)
+          body(second, Range{border - split, panels.end - split}, right + (border - panels.begin) * panel_size);
       };
       for_each_input([&](const auto& input, Range own, Element* packed) {
         pack_rows(
             input.columns(), own, terms, [&](Index k) { return input.row_of(from + k); }, packed);
       });
-      for (Index m = part.begin; m < part.end; m += Blocks::rows) {
-        const Index rows = std::min(Blocks::rows, part.end - m);
+      for (Index m = part.rows.begin; m < part.rows.end; m += Blocks::rows) {
+        const Index count = std::min(Blocks::rows, part.rows.end - m);
         for (Index k = 0; k < elements; ++k) {
           const RowsOfTerms<Element> da(k, terms, [&](Index n) { return da_of(from + n) + m; });
-          for (Index r = 0; r < rows; r += V::width)
-            store_elements(da.load(r, rows - r), left + k * Blocks::rows + r, rows - r);
+          for (Index r = 0; r < count; r += V::width)
+            store_elements(da.load(r, count - r), left + k * Blocks::rows + r, count - r);
         }
-        if (db && panel == 0) add_rows(rows, elements, left, Blocks::rows, db + m, adds);
+        if (db && panel == 0) add_rows(count, elements, left, Blocks::rows, db + m, adds);
         for_each_input([&](const auto& input, Range own, const Element* packed) {
           for (Index p = own.begin; p < own.end; ++p, packed += panel_size)
-            add_panel<Element>(rows, elements, left, {packed, panel_width<Element>}, input.columns(), p,
+            add_panel<Element>(count, elements, left, {packed, panel_width<Element>}, input.columns(), p,
                       input.dw + m * input.count, adds);
         });
       }

@@ -9,6 +9,7 @@ set(RNNFAST_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvis
                   -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)
 
 add_library(rnnfast_cpu STATIC
+  ${RNNFAST_ROOT}/csrc/cpu/fingerprint.cpp
   ${RNNFAST_ROOT}/csrc/cpu/isa.cpp
   ${RNNFAST_ROOT}/csrc/cpu/packs.cpp
   ${RNNFAST_ROOT}/csrc/cpu/peaks.cpp

@@ -156,8 +156,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("read_bandwidth", &cpu::read_bandwidth, py::call_guard<py::gil_scoped_release>());
   module.def("plan_recurrence", &plan_recurrence);
   module.def("cache_bytes", &cache_bytes);
-  module.def("hash_bytes", [](Address from, std::size_t bytes) {
-    return cpu::kernels().hash_bytes(at<void>(from), bytes);
+  module.def("hash_bytes", [](Address from, std::size_t bytes, bool portably) {
+    return (portably ? cpu::hash_bytes_portably : cpu::hash_bytes)(at<void>(from), bytes);
   });
   module.def("pool_state", &pool_state);
   module.def("empty_pool", &cpu::empty_pool);

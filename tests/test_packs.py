@@ -440,12 +440,13 @@ def test_how_many_are_kept_is_bounded():
 # The hash
 
 
-def hash_of(array):
-    return core.hash_bytes(array.ctypes.data, array.nbytes)
+@pytest.fixture(params=[False, True], ids=["by the processor's instructions", "portable"])
+def hash_of(request):
+    return lambda array: core.hash_bytes(array.ctypes.data, array.nbytes, request.param)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 255, 256, 257, 1000])
-def test_hash_sees_every_bit_and_every_length(size, isa):
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 127, 128, 129, 1000])
+def test_hash_sees_every_bit_and_every_length(size, hash_of):
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     hashes = {hash_of(data)}
     for bit in range(8 * size):
@@ -458,7 +459,7 @@ def test_hash_sees_every_bit_and_every_length(size, isa):
     assert len(hashes) == 1 + 8 * size + 3
 
 
-def test_hash_sees_order():
+def test_hash_sees_order(hash_of):
     words = np.random.default_rng(0).integers(0, 2**63, 512, dtype=np.uint64)
     hashes = {hash_of(words)}
     for i, j in itertools.combinations(range(0, 512, 8), 2):
@@ -471,9 +472,9 @@ def test_hash_sees_order():
 
 
 @pytest.mark.parametrize("background", ["zeros", "weights"])
-def test_hash_sees_a_few_signs(background):
+def test_hash_sees_a_few_signs(background, hash_of):
     """Few bits at the top of a word get lost in many hashes: what one changes, another undoes."""
-    weights = torch.randn(4, 32, 2) if background == "weights" else torch.zeros(4, 32, 2)
+    weights = torch.randn(4, 16, 2) if background == "weights" else torch.zeros(4, 16, 2)
     bits = weights.numpy().view(np.uint32)  # [:, 5] is what one lane takes, a word a step
     places = itertools.product(range(4), range(2), (0, 22, 23, 30, 31))
     flips = [(step, half, np.uint32(1) << np.uint32(bit)) for step, half, bit in places]
@@ -489,7 +490,7 @@ def test_hash_sees_a_few_signs(background):
     assert len(hashes) == tried
 
 
-def test_hash_bits_are_even():
+def test_hash_bits_are_even(hash_of):
     data = np.zeros(64, np.uint64)
     ones = np.zeros(64)
     for n in range(4096):
@@ -497,15 +498,6 @@ def test_hash_bits_are_even():
         value = hash_of(data)
         ones += [(value >> bit) & 1 for bit in range(64)]
     assert np.abs(ones / 4096 - 0.5).max() < 0.05  # six standard deviations
-
-
-def test_every_instruction_set_hashes_the_same():
-    data = np.random.default_rng(0).integers(0, 256, 70001, dtype=np.uint8)
-    values = set()
-    for name in _native.build_info()["isas_available"]:
-        with _native.using_isa(name):
-            values.add(hash_of(data))
-    assert len(values) == 1
 
 
 @pytest.mark.parametrize("cell", ["lstm", "tanh", "relu"])

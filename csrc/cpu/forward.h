@@ -13,7 +13,6 @@
 #pragma once
 
 #include "../dispatch.h"
-#include "fingerprint.h"
 #include "forward_cells.h"
 #include "gemm.h"
 #include "packs.h"
@@ -163,7 +162,7 @@ void run_forward(const LayerForward<Storage>& layer) {
       element_bytes(ih_count) + Workspace::bytes_for<Weight>(hh_count) + element_bytes(hr_count);
   Pack pack({layer.w_ih, layer.w_hh, layer.w_hr, shape.I, shape.H, shape.h_size(), gates, Vec<Element>::width,
              sizeof(Storage), parts_of<Element, Weight> == 2, plan.dense},
-            packed_bytes, hash_bytes);
+            packed_bytes);
   const std::size_t own_bytes = pack.memory() ? 0 : packed_bytes;
   Workspace& workspace =
       Workspace::with_room(own_bytes + bytes(columns.count()) + bytes(chunk_count) +

@@ -97,7 +97,6 @@ constexpr KernelsFor<Real> table() {
 
 extern const Kernels RNNFAST_TABLE(RNNFAST_ISA);
 const Kernels RNNFAST_TABLE(RNNFAST_ISA){RNNFAST_NAME(RNNFAST_ISA), RNNFAST_ISA::table<float>(),
-                                         RNNFAST_ISA::table<double>(), RNNFAST_ISA::layers<BFloat16>(),
-                                         RNNFAST_ISA::hash_bytes};
+                                         RNNFAST_ISA::table<double>(), RNNFAST_ISA::layers<BFloat16>()};
 
 }  // namespace rnnfast::cpu

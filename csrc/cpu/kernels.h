@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "../rnnfast.h"
-#include "packs.h"
 #include "plan.h"
 
 namespace rnnfast::cpu {
@@ -36,7 +35,6 @@ struct Kernels {
   KernelsFor<float> f32;
   KernelsFor<double> f64;
   LayerKernels<BFloat16> bf16;
-  HashBytes hash_bytes;
 
   template <class Storage>
   const auto& of() const {

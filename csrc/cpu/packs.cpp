@@ -63,7 +63,7 @@ bool PackKey::operator==(const PackKey& other) const {
          halved_hh == other.halved_hh && dense_ih == other.dense_ih;
 }
 
-Pack::Pack(const PackKey& key, std::size_t bytes, HashBytes hash) : hash_(hash) {
+Pack::Pack(const PackKey& key, std::size_t bytes) {
   if (bytes == 0) return;
   Pool& pool = cpu::pool();
   if (Lock lock(pool.mutex, std::try_to_lock); lock) {
@@ -133,14 +133,14 @@ void Pack::hash_share(Team& team, Hashes& slabs) const {
     for (Index n = std::max(own.begin, first); n < std::min(own.end, end); ++n) {
       const std::size_t begin = static_cast<std::size_t>(n - first) * slab_bytes;
       slabs[static_cast<std::size_t>(n)] =
-          hash_(static_cast<const std::byte*>(matrix.weights) + begin, std::min(slab_bytes, matrix.bytes - begin));
+          hash_bytes(static_cast<const std::byte*>(matrix.weights) + begin, std::min(slab_bytes, matrix.bytes - begin));
     }
     first = end;
   }
 }
 
 Fingerprint Pack::fingerprint_of(const Hashes& slabs) const {
-  return hash_(slabs.data(), slabs.size() * sizeof(Fingerprint));
+  return hash_bytes(slabs.data(), slabs.size() * sizeof(Fingerprint));
 }
 
 bool Pack::is_current() const { return kept_.front().fingerprint == fingerprint_of(before_); }

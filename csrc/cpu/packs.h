@@ -15,15 +15,11 @@
 #include <optional>
 #include <vector>
 
+#include "fingerprint.h"
 #include "team.h"
 #include "workspace.h"
 
 namespace rnnfast::cpu {
-
-using Fingerprint = std::uint64_t;
-
-// How a build for one instruction set hashes bytes.
-using HashBytes = Fingerprint (*)(const void* from, std::size_t bytes);
 
 // Copies in use by calls are not counted.
 constexpr std::size_t most_pool_bytes = std::size_t{256} << 20;
@@ -44,7 +40,7 @@ struct PackKey {
 class Pack {
  public:
   // Takes a copy from the pool, or makes room for `bytes`; throws std::bad_alloc. 0 bytes: nothing is packed.
-  Pack(const PackKey& key, std::size_t bytes, HashBytes hash);
+  Pack(const PackKey& key, std::size_t bytes);
   // Gives the copy back to the pool.
   ~Pack();
   Pack(const Pack&) = delete;
@@ -87,7 +83,6 @@ class Pack {
   Fingerprint fingerprint_of(const Hashes& slabs) const;
   bool is_current() const;
 
-  HashBytes hash_;
   std::list<Kept> kept_;  // at most one: a list, because its node moves to the pool and back as it is
   Hashes before_, after_;
 };

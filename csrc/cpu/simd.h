@@ -31,13 +31,20 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// How many batch rows a register tile of 4 vectors a row may have: 6 x 4 accumulators need 32 vector
-// registers (AVX-512, NEON), 3 x 4 leave room in 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int tile_rows = 6;
+constexpr int vector_registers = 32;
 #else
-constexpr int tile_rows = 3;
+constexpr int vector_registers = 16;
 #endif
+
+#if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
+constexpr bool has_fma = true;
+#else
+constexpr bool has_fma = false;  // products take registers too
+#endif
+
+// How many batch rows a register tile of 4 vectors a row may have: what leaves registers for the factors.
+constexpr int tile_rows = vector_registers == 32 ? 6 : 3;
 constexpr int tile_vectors = 4;
 
 // The compiler's own types. Spelled out per type: GCC drops the attribute from a dependent typedef.
@@ -168,5 +175,18 @@ struct Vec {
     return Native((Mask(magnitude.v) & ~sign_bit()) | (Mask(sign.v) & sign_bit()));
   }
 };
+
+// Keeps a vector in a register. What two or three instructions use, GCC reads from memory for each of them: more loads
+// than there are ports for.
+template <class Native>
+RNNFAST_INLINE void keep_in_register([[maybe_unused]] Native& vector) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#elif defined(__SSE2__)
+  asm("" : "+x"(vector));
+#elif defined(__aarch64__)
+  asm("" : "+w"(vector));
+#endif
+}
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -78,22 +78,40 @@ void tile(Terms k, Left<Element> a, Panel<Weight> panel, const TileTarget<SumOf<
     }
   }
   const Weight* from = panel.first + k.begin * panel.stride;
+  const Weight* ahead = from + prefetch_terms * panel.stride;
+  asm("" : "+r"(ahead));  // GCC would take a register for the distance of each vector
   Index at = 0;
-  for (Index i = k.begin; i < k.end; ++i, from += panel.stride) {
+  for (Index i = k.begin; i < k.end; ++i, from += panel.stride, ahead += panel.stride) {
 #pragma GCC unroll 2
     for (Index part = 0; part < parts; ++part, at += a.stride) {
-      Vec<Element> b[vectors];
+      if constexpr (!has_fma || rows * vectors + vectors < vector_registers) {
+        Vec<Element> b[vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        b[v] = factors<Element>(Vec<Weight>::load(from + v * V::width), part);
-        if (rows >= prefetch_rows && part == 0)
-          __builtin_prefetch(from + prefetch_terms * panel.stride + v * V::width);
-      }
+        for (int v = 0; v < vectors; ++v) {
+          b[v] = factors<Element>(Vec<Weight>::load(from + v * V::width), part);
+          if (has_fma && (rows == 2 || rows == 3)) keep_in_register(b[v].v);
+          if (rows >= prefetch_rows && part == 0) __builtin_prefetch(ahead + v * V::width);
+        }
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const Vec<Element> factor = broadcast(row[r] + at);
+        for (int r = 0; r < rows; ++r) {
+          const Vec<Element> factor = broadcast(row[r] + at);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(factor, b[v], sum[r][v]);
+          for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(factor, b[v], sum[r][v]);
+        }
+      } else {
+        Vec<Element> factor[rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+          factor[r] = broadcast(row[r] + at);
+          keep_in_register(factor[r].v);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+          Vec<Element> b = factors<Element>(Vec<Weight>::load(from + v * V::width), part);
+          keep_in_register(b.v);
+#pragma GCC unroll 8
+          for (int r = 0; r < rows; ++r) sum[r][v] = multiply_add(factor[r], b, sum[r][v]);
+        }
       }
     }
   }

@@ -93,16 +93,19 @@ py::dict build_info() {
 }
 
 py::dict described(const cpu::Plan& plan) {
-  return py::dict("threads"_a = plan.threads,
-                  "split"_a = plan.split == cpu::Split::rows ? "rows" : "units",
-                  "pack"_a = plan.pack, "dense"_a = plan.dense, "chunk"_a = plan.chunk, "cycles"_a = plan.cycles);
+  const char* split = plan.split == cpu::Split::rows    ? "rows"
+                      : plan.split == cpu::Split::units ? "units"
+                                                        : "steps";
+  return py::dict("threads"_a = plan.threads, "split"_a = split,
+                  "pack"_a = plan.pack, "dense"_a = plan.dense, "chunk"_a = plan.chunk, "own_share"_a = plan.own_share,
+                  "cycles"_a = plan.cycles);
 }
 
 py::dict plan_recurrence(Index steps, Index rows, Index units, Index gates, Index terms,
                          Index product_terms, Index vector_width, Index real_bytes, Index tile_rows,
-                         Index row_block, Index l1_bytes, Index l2_bytes, int threads) {
+                         Index row_block, Index l1_bytes, Index l2_bytes, int threads, bool products_first) {
   return described(cpu::plan_recurrence(
-      {steps, rows, units, gates, terms, product_terms},
+      {steps, rows, units, gates, terms, product_terms, nullptr, 1, products_first},
       {vector_width, real_bytes, tile_rows, row_block, l1_bytes, l2_bytes}, threads));
 }
 
@@ -154,7 +157,9 @@ PYBIND11_MODULE(_core, module) {
   module.def("evaluate_float32", &evaluate<float>, py::call_guard<py::gil_scoped_release>());
   module.def("evaluate_float64", &evaluate<double>, py::call_guard<py::gil_scoped_release>());
   module.def("read_bandwidth", &cpu::read_bandwidth, py::call_guard<py::gil_scoped_release>());
-  module.def("plan_recurrence", &plan_recurrence);
+  module.def("plan_recurrence", &plan_recurrence, "steps"_a, "rows"_a, "units"_a, "gates"_a, "terms"_a,
+             "product_terms"_a, "vector_width"_a, "real_bytes"_a, "tile_rows"_a, "row_block"_a, "l1_bytes"_a, "l2_bytes"_a,
+             "threads"_a, "products_first"_a);
   module.def("cache_bytes", &cache_bytes);
   module.def("hash_bytes", [](Address from, std::size_t bytes, bool portably) {
     return (portably ? cpu::hash_bytes_portably : cpu::hash_bytes)(at<void>(from), bytes);

@@ -9,8 +9,10 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from made_up import constant_timing, made_up_run
 
 from benchmarks import (
+    compare,
     counts,
     halved,
     packed,
@@ -664,3 +667,26 @@ def test_packed_sequences_that_disagree_are_not_timed(monkeypatch):
 def test_what_is_no_batch_of_sequences(text):
     with pytest.raises(ValueError, match="is no batch"):
         packed.Batch.parse(text)
+
+
+def test_comparing_with_an_older_revision_builds_it(tmp_path, monkeypatch):
+    """Its files are as old as the commit, older than what was built for a newer one."""
+    repository, built = tmp_path / "repository", tmp_path / "built"
+    contract = repository / "csrc" / "rnnfast.h"
+    contract.parent.mkdir(parents=True)
+    contract.write_text("// a contract\n")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    old = {"GIT_COMMITTER_DATE": "2001-01-01T00:00:00Z"}
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=repository, env=os.environ | old, check=True)
+    monkeypatch.setattr(compare, "ROOT", repository)
+    monkeypatch.setattr(compare, "BUILD", built)
+    run = subprocess.run
+    monkeypatch.setattr(
+        compare.subprocess,
+        "run",
+        lambda command, **options: run(command, **options) if command[0] == "git" else None,
+    )
+    now = time.time()
+    compare.build("HEAD")
+    assert (built / "before" / "csrc" / "rnnfast.h").stat().st_mtime > now - 60

@@ -195,3 +195,11 @@ def test_ceilings_are_measured_once(monkeypatch):
     finally:
         module._peak.cache_clear()
         module._bandwidth.cache_clear()
+
+
+def test_steps_that_threads_project_for_one(two_threads):
+    """RNN 106,1,942,71: one thread reads W_hh, at the bandwidth of one."""
+    (plan,) = explain(rnnfast.RNN(942, 71), torch.empty(106, 1, 942))
+    assert (plan.threads, plan.split, plan.readers) == (2, "steps", 1)
+    assert plan.reading_seconds == pytest.approx(106 * plan.w_hh_bytes / plan.bandwidth)
+    assert "2 threads share the projection, one computes the recurrence" in str(plan)

@@ -68,11 +68,13 @@ def test_gates_computed_again_are_the_same_bits(reverse, truncate, dtype):
         assert_identical(by_operator(case, dtype, keep="cells"), by_operator(case, dtype))
 
 
-# Rows of one step are shared out, or units; sequences fall in length, or one outlives the others.
+# Rows of one step are shared out, or units, or the projection of steps; sequences fall in length,
+# or one outlives the others.
 SHARED = [
     (tuple(range(40, 0, -1)), 33, 96),
     ((60, *range(20, 8, -1)), 33, 96),
     ((60, 2), 150, 400),
+    ((150, 20), 900, 40),
 ]
 
 

@@ -120,7 +120,7 @@ def test_threads_share_the_fingerprint():
 def test_dense_columns_are_packs_of_their_own():
     """One thread projects them without gaps between gates, two threads share them by gates."""
     width = core.plan_forward_float32(4, 1, 1, 1, 1, 1)["vector_width"]
-    T, I, H = 500, 40 * width, 6 * width + width // 4
+    T, I, H = 10, 1000, 120 // width * width + 1
     if core.cache_bytes()[1] < 512 << 10:
         pytest.skip("so small an L2 cache has no room for the sums")
     plans = [core.plan_forward_float32(4, T, 1, I, H, count) for count in (1, 2)]

@@ -18,10 +18,10 @@ ENGINE = {  # in the order of the arguments
 }
 
 
-def plan(T, B, I, H, threads, gates=4, **engine):
-    """The plan of a forward pass."""
+def plan(T, B, I, H, threads, gates=4, products_first=False, **engine):
+    """The plan of a recurrence whose products are the projection of a forward pass."""
     machine = (ENGINE | engine).values()
-    return _native.core.plan_recurrence(T, B, H, gates, H, I, *machine, threads)
+    return _native.core.plan_recurrence(T, B, H, gates, H, I, *machine, threads, products_first)
 
 
 @pytest.mark.parametrize("gates", [1, 4])
@@ -51,13 +51,15 @@ SIZES = list(itertools.product((1, 3, 100), (0, 1, 2, 7, 300), (1, 300), (1, 15,
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_what_every_plan_keeps_to(sizes):
     T, B, I, H = sizes
-    for gates, threads in itertools.product((1, 4), (1, 2, 3, 5, 64, 1000)):
-        chosen = plan(T, B, I, H, threads, gates)
+    for gates, threads, first in itertools.product((1, 4), (1, 2, 3, 5, 64, 1000), (False, True)):
+        chosen = plan(T, B, I, H, threads, gates, first)
         assert 1 <= chosen["threads"] <= threads
         if chosen["threads"] > 1:  # nobody is without work
-            parts = B if chosen["split"] == "rows" else -(-H // ENGINE["vector_width"])
-            assert chosen["threads"] <= parts
-        assert chosen == plan(T, B, I, H, threads, gates)
+            parts = {"rows": B, "units": -(-H // ENGINE["vector_width"]), "steps": T}
+            assert chosen["threads"] <= parts[chosen["split"]]
+        assert first or chosen["split"] != "steps"
+        assert 0 <= chosen["own_share"] <= 1 / chosen["threads"]
+        assert chosen == plan(T, B, I, H, threads, gates, first)
         assert 0 <= chosen["cycles"] < float("inf")
         assert chosen["pack"] == (T * B >= 5)
         assert 1 <= chosen["chunk"] <= T
@@ -111,8 +113,35 @@ def test_dense_columns_are_for_gates_that_leave_lanes(number, isa):
         assert not plan_forward(4, 2, 2, I, H)["dense"]  # nothing is packed
     assert plan_forward(4, 40, 9, 1000, width + 1)["dense"]
     assert not plan_forward(4, 40, 9, 10**6, 1000 * width + 1)["dense"]  # rows of 4 H sums
-    shared = plan_forward(4, 500, 1, 1000, 6 * width + 1, threads=2)
-    assert (shared["split"], shared["dense"]) == ("units", False)
+    for T, split in ((10, "units"), (500, "steps")):
+        H = 120 // width * width + 1
+        assert plan_forward(4, T, 1, 1000, H)["dense"]
+        shared = plan_forward(4, T, 1, 1000, H, threads=2)
+        assert (shared["split"], shared["dense"]) == (split, split == "steps")
+
+
+def test_one_thread_computes_a_recurrence_that_is_too_little_to_share():
+    """One row and few units beside a large projection: an RNN as that of RNN 106,1,942,71."""
+    for T, I, H, gates in ((106, 942, 71, 1), (300, 300, 50, 1), (106, 942, 71, 4)):
+        chosen = plan(T, 1, I, H, 2, gates, products_first=True)
+        assert (chosen["threads"], chosen["split"]) == (2, "steps")
+        assert 0 < chosen["own_share"] < 0.5  # and helps with the rest
+        assert plan(T, 1, I, H, 2, gates)["split"] != "steps"
+    # Little to project: the others would have nothing to do.
+    assert plan(300, 1, 8, 50, 2, 1, products_first=True)["threads"] == 1
+    # Hardly more than the recurrence: that is all the first thread has time for.
+    busy = plan(1000, 1, 128, 64, 2, 1, products_first=True)
+    assert (busy["split"], busy["own_share"]) == ("steps", 0)
+    # Much of both: units.
+    assert plan(100, 1, 512, 512, 2, 4, products_first=True)["split"] == "units"
+
+
+def test_a_chunk_of_shared_steps_has_rows_for_a_few_tiles_of_each_thread():
+    for B, threads, chunk in ((1, 2, 48), (2, 2, 24), (1, 3, 72)):
+        chosen = plan(500, B, 2000, 20, threads, 1, products_first=True, row_block=128)
+        if chosen["split"] == "steps":
+            assert (chosen["threads"], chosen["chunk"]) == (threads, chunk)
+    assert plan(500, 1, 2000, 20, 2, 1, products_first=True)["split"] == "steps"
 
 
 def test_a_chunk_is_a_block_of_rows_of_one_thread():

@@ -71,8 +71,9 @@ def test_gates_computed_again_are_the_same_bits(dtype):
         assert_identical(by_operator(case, dtype, keep="cells"), by_operator(case, dtype))
 
 
-# Rows of a step are shared out, or units.
+# Rows of a step are shared out, or units, or the projection of steps.
 SHARED = [padded(20, 40, (96, 40), I=33), padded(20, 1, (800, 300), I=150)]
+SHARED += [padded(150, 1, (40, 20), I=900)]
 SHARED += [packed((60, *range(20, 8, -1)), (96, 40), I=33, truncate=(3, 3), reverse=True)]
 
 

@@ -22,6 +22,7 @@ SHARED_BY = {  # (T, B, I, H) by what the planner shares between threads
     "nothing": (3, 2, 4, 5),
     "rows": (20, 40, 33, 96),
     "units": (20, 1, 150, 800),
+    "steps": (400, 1, 900, 20),
 }
 
 
@@ -34,12 +35,13 @@ def plans(case, dtype, threads):
     T, B, I, H, G = case.T, case.B, case.I, case.H, case.gates
     k1, k2 = case.truncate or (T, T)
 
-    def plan(steps, rows, gates, *counts):
+    def plan(first, steps, rows, gates, *counts):
         counts = (-(-count // terms) for count in counts)
-        return _native.core.plan_recurrence(steps, rows, H, gates, *counts, *machine, threads)
+        sizes = (steps, rows, H, gates, *counts)
+        return _native.core.plan_recurrence(*sizes, *machine, threads, first)
 
-    forward = plan(T, B, G, H, I)
-    backward = plan(k2, -(-T // k1) * B, 1, G * H, G * (2 * I + H))
+    forward = plan(True, T, B, G, H, I)
+    backward = plan(False, k2, -(-T // k1) * B, 1, G * H, G * (2 * I + H))
     return forward, backward
 
 
@@ -81,6 +83,8 @@ def test_the_planner_shares_what_this_file_supposes(cell, dtype, isa):
         for split in ("rows", "units"):
             for plan in plans(Case(cell, *SHARED_BY[split]), dtype, threads):
                 assert (plan["threads"], plan["split"]) == (threads, split)
+        forward, _ = plans(Case(cell, *SHARED_BY["steps"]), dtype, threads)
+        assert (forward["threads"] > 1, forward["split"]) == (True, "steps")
 
 
 def test_keeping_nothing_changes_no_bit_either(threads):
@@ -200,7 +204,7 @@ def flushing():
     torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("shared_by", ["rows", "units"])
+@pytest.mark.parametrize("shared_by", ["rows", "units", "steps"])
 def test_workers_flush_denormals_where_the_caller_does(shared_by, flushing, threads):
     T, B, I, H = SHARED_BY[shared_by]
     x, h0 = torch.zeros(T, B, I), torch.zeros(B, H)

@@ -3,7 +3,8 @@
 // A chunk is as many steps as make a full block of rows for the projection; its pre-activations are then
 // still in cache when the recurrence reads them. A thread projects exactly the rows, or the hidden units,
 // whose recurrence it computes, so the only hand-over between threads is h, once a step, and there is
-// none where threads own batch rows. Packed weights are kept for the next call (packs.h).
+// none where threads own batch rows; or one thread computes the recurrence, and the others project the next chunk for
+// it. Packed weights are kept for the next call (packs.h).
 //
 // A projected h takes one product more a step, of what the cells give, and one hand-over more.
 //
@@ -40,90 +41,126 @@ void add_biases(Index count, const Storage* b_ih, const Storage* b_hh, RealOf<St
 template <class Storage, class CellLayer, class Input, class Hidden>
 void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& layer,
                   const CellLayer& cell_layer, const Input& w_ih, const Hidden& w_hh, const Input& w_hr,
-                  RealOf<Storage>* chunk_sums, RealOf<Storage>* dense_sums) {
+                  RealOf<Storage>* sums, RealOf<Storage>* dense_sums) {
   using Element = ElementOf<Storage>;
   using Real = RealOf<Storage>;
   constexpr Index width = Vec<Real>::width;
   constexpr Index gates = CellLayer::gates;
   const LayerShape& shape = layer.shape;
   const Index T = shape.T, I = shape.I, H = shape.H, P = shape.h_size();
-  const bool units_shared = plan.split == Split::units;
+  const bool units_shared = plan.split == Split::units, steps_shared = plan.split == Split::steps;
+  const bool recurs = !steps_shared || team.rank == 0;
   const Columns<Element>& columns = w_hh.columns;
   const DenseSums<Element> dense{w_ih.columns, H, dense_sums};
   const Part part = part_of(team, plan, layer, columns.unit_vectors());
-  const auto chunk = ChunkSums<Element>::of(columns, team, plan, shape, part.rows, chunk_sums);
   const auto own_rows = [&](Index t) { return overlap({0, shape.rows_at(t)}, part.rows); };
-  for (Index begin = 0; begin < T;) {
-    const Index end = begin + steps_within(chunk.rows, T - begin,
-                                           [&](Index n) { return own_rows(shape.time(begin + n)).size(); });
-    Index m = 0;  // rows of the chunk
-    // The projection: rows of all steps of the chunk.
-    for_each_block({begin, end}, [&](Index p) { return own_rows(shape.time(p)); },
-                   [&](Index count, const GroupRow* rows) {
+  const auto rows_of = [&](Index p) { return own_rows(shape.time(p)); };
+  const auto count_rows = [&](Range steps) {
+    Index rows = 0;
+    for (Index p = steps.begin; p < steps.end; ++p) rows += rows_of(p).size();
+    return rows;
+  };
+  using Sums = ChunkSums<Element>;
+  Sums chunk_sums = Sums::of(columns, team, plan, shape, part.rows, sums), next_sums = chunk_sums;
+  if (steps_shared) next_sums.first += Sums::size(columns, chunk_sums.rows);
+  const auto chunk_from = [&](Index begin) {
+    if (begin == T) return Range{T, T};
+    return Range{begin, begin + steps_within(chunk_sums.rows, T - begin,
+                                             [&](Index n) { return rows_of(begin + n).size(); })};
+  };
+
+  // The projection of steps, whose rows are those from m on of their chunk.
+  const auto project = [&](Range steps, Index m, const Sums& chunk) {
+    for_each_block(steps, rows_of, [&](Index count, const GroupRow* rows) {
       const Element* in[row_block];
       for (Index r = 0; r < count; ++r)
         in[r] = as_elements(layer.x + (shape.first_row(shape.time(rows[r].group)) + rows[r].row) * I);
       const Range vectors = plan.dense ? Range{0, w_ih.columns.unit_vectors()} : part.unit_vectors;
       for_each_piece(w_ih.columns, vectors, false, [&](Piece piece) {
-        Real* sums[row_block];
-        for (Index r = 0; r < count; ++r)
-          sums[r] = plan.dense ? dense.row(piece, r) : chunk.row(piece, m + r);
-        w_ih.multiply(count, piece, in, {sums, width, false});
+        Real* to[row_block];
+        for (Index r = 0; r < count; ++r) to[r] = plan.dense ? dense.row(piece, r) : chunk.row(piece, m + r);
+        w_ih.multiply(count, piece, in, {to, width, false});
       });
       if (plan.dense)
         for (Index r = 0; r < count; ++r) dense.spread(r, columns, chunk, m + r);
       m += count;
     });
-
-    m = 0;
-    for (Index p = begin; p < end; ++p) {
-      const Index t = shape.time(p), t_prev = shape.before(t);
-      const Index carried = std::min(shape.rows_at(t_prev), shape.rows_at(t));
-      const auto cells = cell_layer.cells(t, carried);
-      const Storage* previous = carried > 0 ? layer.y + shape.first_row(t_prev) * P : nullptr;
-      const Range rows = own_rows(t);
-      const Index blocks = ceil_div(rows.size(), row_block);
-      for (Index block = 0; block < blocks; ++block) {
-        const Range own = share(rows.size(), block, blocks);
-        const Index first = rows.begin + own.begin;
-        const Element* a[row_block];
-        for (Index r = 0; r < own.size(); ++r)
-          a[r] = as_elements((first + r < carried ? previous : layer.h0) + (first + r) * P);
-        for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](Piece piece) {
-          Real* sums[row_block];
-          for (Index r = 0; r < own.size(); ++r) sums[r] = chunk.row(piece, m + own.begin + r);
-          const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
-            for (Index v = 0; v < piece.vectors; v += gates) {
-              const Index unit = columns.unit_vector(piece.panel, piece.first + v) * width;
-              for (Index r = 0; r < own.size(); ++r) visit(r, v, unit);
-            }
-          };
-          for_each_cell([&](Index r, Index, Index unit)
-                            RNNFAST_LAMBDA { cells.prefetch(first + r, unit); });
-          w_hh.multiply(own.size(), piece, a, {sums, width, true});
-          for_each_cell([&](Index r, Index v, Index unit) RNNFAST_LAMBDA {
-            const Real* sum = sums[r] + v * width;
-            if (H - unit >= width)
-              cells(first + r, unit, width, sum);
-            else
-              cells(first + r, unit, H - unit, sum);
-          });
-        });
-      }
-      m += rows.size();
-      if (shape.projection > 0) {
-        if (units_shared) team.barrier();
-        const Index vectors = w_hr.columns.unit_vectors();
-        const Storage* from = cell_layer.projected(t) + rows.begin * H;
-        Storage* h = layer.y + (shape.first_row(t) + rows.begin) * P;
-        multiply_rows<Element>(
-            rows.size(), [&](Index r) { return from + r * H; }, w_hr,
-            units_shared ? team.share(vectors) : Range{0, vectors}, [&](Index r) { return h + r * P; });
-      }
-      if (units_shared && (p + 1 < T || shape.projection > 0)) team.barrier();
+  };
+  // This thread's part of the projection of a chunk, of which the first thread does so much.
+  const auto project_share = [&](Range chunk, double first_share, const Sums& to) {
+    if (!steps_shared) return project(chunk, 0, to);
+    const Index first = team.size > 1 ? Index(first_share * double(chunk.size())) : chunk.size();
+    Range own{chunk.begin, chunk.begin + first};
+    if (team.rank > 0) {
+      const Range others = share(chunk.size() - first, team.rank - 1, team.size - 1);
+      own = {own.end + others.begin, own.end + others.end};
     }
-    begin = end;
+    project(own, count_rows({chunk.begin, own.begin}), to);
+  };
+
+  // The recurrence of step p, whose rows are those from m on of its chunk.
+  const auto step = [&](Index p, Index m, const Sums& chunk) {
+    const Index t = shape.time(p), t_prev = shape.before(t);
+    const Index carried = std::min(shape.rows_at(t_prev), shape.rows_at(t));
+    const auto cells = cell_layer.cells(t, carried);
+    const Storage* previous = carried > 0 ? layer.y + shape.first_row(t_prev) * P : nullptr;
+    const Range rows = own_rows(t);
+    const Index blocks = ceil_div(rows.size(), row_block);
+    for (Index block = 0; block < blocks; ++block) {
+      const Range own = share(rows.size(), block, blocks);
+      const Index first = rows.begin + own.begin;
+      const Element* a[row_block];
+      for (Index r = 0; r < own.size(); ++r)
+        a[r] = as_elements((first + r < carried ? previous : layer.h0) + (first + r) * P);
+      for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](Piece piece) {
+        Real* to[row_block];
+        for (Index r = 0; r < own.size(); ++r) to[r] = chunk.row(piece, m + own.begin + r);
+        const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
+          for (Index v = 0; v < piece.vectors; v += gates) {
+            const Index unit = columns.unit_vector(piece.panel, piece.first + v) * width;
+            for (Index r = 0; r < own.size(); ++r) visit(r, v, unit);
+          }
+        };
+        for_each_cell([&](Index r, Index, Index unit) RNNFAST_LAMBDA { cells.prefetch(first + r, unit); });
+        w_hh.multiply(own.size(), piece, a, {to, width, true});
+        for_each_cell([&](Index r, Index v, Index unit) RNNFAST_LAMBDA {
+          const Real* sum = to[r] + v * width;
+          if (H - unit >= width)
+            cells(first + r, unit, width, sum);
+          else
+            cells(first + r, unit, H - unit, sum);
+        });
+      });
+    }
+    if (shape.projection > 0) {
+      if (units_shared) team.barrier();
+      const Index vectors = w_hr.columns.unit_vectors();
+      const Storage* from = cell_layer.projected(t) + rows.begin * H;
+      Storage* h = layer.y + (shape.first_row(t) + rows.begin) * P;
+      multiply_rows<Element>(
+          rows.size(), [&](Index r) { return from + r * H; }, w_hr,
+          units_shared ? team.share(vectors) : Range{0, vectors}, [&](Index r) { return h + r * P; });
+    }
+    if (units_shared && (p + 1 < T || shape.projection > 0)) team.barrier();
+  };
+
+  Range chunk = chunk_from(0);
+  project_share(chunk, 1 / double(team.size), chunk_sums);
+  while (chunk.size() > 0) {
+    if (steps_shared) team.barrier();  // everybody's part of the chunk is there
+    const Range next = chunk_from(chunk.end);
+    if (recurs) {
+      Index m = 0;
+      for (Index p = chunk.begin; p < chunk.end; ++p) {
+        step(p, m, chunk_sums);
+        m += rows_of(p).size();
+      }
+    }
+    project_share(next, plan.own_share, next_sums);
+    std::swap(chunk_sums, next_sums);
+    chunk = next;
   }
+  if (!recurs) return;
   // Each sequence's last states, as far as this thread made them; a projected h is there for everybody.
   const Range units{part.unit_vectors.begin * width, std::min(part.unit_vectors.end * width, H)};
   const Range of_h = shape.projection > 0 ? (units_shared ? team.share(P) : Range{0, P}) : units;

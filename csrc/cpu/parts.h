@@ -13,15 +13,15 @@ struct Part {
 };
 
 inline Part part_of(const Team& team, const Plan& plan, Index rows, Index unit_vectors) {
-  if (plan.split == Split::rows) return {team.share(rows), {0, unit_vectors}};
-  return {{0, rows}, team.share(unit_vectors)};
+  return {plan.split == Split::rows ? team.share(rows) : Range{0, rows},
+          plan.split == Split::units ? team.share(unit_vectors) : Range{0, unit_vectors}};
 }
 
 // The same where rows differ in the steps they run for: work_of(n) is that of the first n rows.
 template <class WorkOf>
 Part part_of(const Team& team, const Plan& plan, Index rows, Index unit_vectors, WorkOf&& work_of) {
   Part part = part_of(team, plan, rows, unit_vectors);
-  if (plan.split == Split::units) return part;
+  if (plan.split != Split::rows) return part;
   const Index work = work_of(rows);
   const auto border = [&](Index rank) {
     Index low = 0, high = rows;  // the most rows with no more than their share

@@ -14,8 +14,17 @@ constexpr double spread_cycles = 4;          // moving a vector of sums
 
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
+// Where threads share steps, a chunk has rows for so many tiles of each: enough to use the weights often, few enough
+// for what lies outside of the overlap, the first chunk's products and the last one's recurrence.
+constexpr Index tiles_ahead = 4;
+
 // One thread's work in one step: `rows` batch rows by `vectors` vectors of hidden units.
-double step_cycles(const Recurrence& work, const Engine& engine, Index rows, Index vectors) {
+struct StepCycles {
+  double recurrence, products;
+  double total() const { return recurrence + products; }
+};
+
+StepCycles step_cycles(const Recurrence& work, const Engine& engine, Index rows, Index vectors) {
   const double columns = double(vectors * work.gates);
   // Fewer than two rows leave too few independent sums to cover the latency of an FMA.
   const double multiply = double(work.terms) * columns * std::max(double(rows) / 2, 1.0);
@@ -25,7 +34,7 @@ double step_cycles(const Recurrence& work, const Engine& engine, Index rows, Ind
       weights <= double(engine.l1_bytes) ? 96 : weights <= double(engine.l2_bytes) ? 40 : 8;
   const double cell = double(rows * vectors * work.gates) * cell_cycles_per_gate;
   const double products = double(work.product_terms) * columns * double(rows) / 2;
-  return std::max(multiply, weights / bytes_per_cycle) + cell + products;
+  return {std::max(multiply, weights / bytes_per_cycle) + cell, products};
 }
 
 // Whether vectors that are saved in the products outweigh those that are moved, and a block of rows of sums stays
@@ -50,16 +59,27 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
     const auto at = [&](Index step) {
       return step_cycles(work, engine, ceil_div(work.rows_at(step), sharers), own_vectors);
     };
-    if (!work.offsets) return double(work.steps) * at(0);
-    double cycles = 0;
-    for (Index step = 0; step < work.steps; ++step) cycles += at(step);
-    return cycles;
+    if (!work.offsets) {
+      const StepCycles one = at(0);
+      return StepCycles{double(work.steps) * one.recurrence, double(work.steps) * one.products};
+    }
+    StepCycles all{};
+    for (Index step = 0; step < work.steps; ++step) {
+      all.recurrence += at(step).recurrence;
+      all.products += at(step).products;
+    }
+    return all;
+  };
+  // How many steps have so many rows, where so many threads share them.
+  const auto steps_of = [&](Index rows, Index sharers) {
+    return std::clamp<Index>(rows / std::max<Index>(ceil_div(work.rows, sharers), 1), 1, std::max<Index>(work.steps, 1));
   };
   const Index most_rows = work.steps > 0 ? work.rows_at(0) : 0;
+  const StepCycles alone = cycles_of(1, vectors);
   Plan best{};
   best.threads = 1;
   best.split = Split::rows;
-  best.cycles = cycles_of(1, vectors);
+  best.cycles = alone.total();
   const auto consider = [&](int count, Split split, double cycles) {
     if (cycles + region_cycles >= best.cycles) return;
     best.threads = count;
@@ -68,14 +88,26 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
   };
   for (int count = 2; count <= threads; count = count == threads ? count + 1
                                                : std::min(2 * count, threads)) {
-    if (most_rows >= count) consider(count, Split::rows, cycles_of(count, vectors));
+    if (most_rows >= count) consider(count, Split::rows, cycles_of(count, vectors).total());
     if (vectors >= count)
       consider(count, Split::units,
-               cycles_of(1, ceil_div(vectors, count)) + double(work.steps * work.barriers) * barrier_cycles);
+               cycles_of(1, ceil_div(vectors, count)).total() + double(work.steps * work.barriers) * barrier_cycles);
+    const Index chunk = steps_of(count * tiles_ahead * engine.tile_rows, 1);
+    if (work.products_first && chunk >= count) {
+      // Nothing is there to be computed beside the first chunk's products, nor beside the last one's recurrence.
+      const Index chunks = ceil_div(work.steps, chunk);
+      const double between = double(chunks - 1) * std::max(alone.recurrence, alone.total() / count);
+      consider(count, Split::steps,
+               (alone.products / count + between + alone.recurrence) / double(chunks) + double(chunks) * barrier_cycles);
+    }
   }
   best.pack = work.steps * work.rows >= packing_pays;
-  const Index rows = best.split == Split::rows ? ceil_div(work.rows, best.threads) : work.rows;
-  best.chunk = std::clamp<Index>(engine.row_block / std::max<Index>(rows, 1), 1, std::max<Index>(work.steps, 1));
+  if (best.split == Split::steps) {
+    best.chunk = steps_of(best.threads * tiles_ahead * engine.tile_rows, 1);
+    best.own_share = std::max(alone.total() / best.threads - alone.recurrence, 0.0) / alone.products;
+  } else {
+    best.chunk = steps_of(engine.row_block, best.split == Split::rows ? best.threads : 1);
+  }
   return best;
 }
 
@@ -84,9 +116,9 @@ Plan plan_forward(const LayerShape& shape, const Engine& engine) {
   Plan plan = plan_recurrence(
       {shape.T, shape.mean_rows(), shape.H, gate_count(shape.cell),
        lanes(shape.h_size()) + ceil_div(lanes(shape.projection), gate_count(shape.cell)), lanes(shape.I), shape.offsets,
-       barriers_of(shape)},
+       barriers_of(shape), true},
       engine, shape.threads);
-  plan.dense = plan.pack && plan.split == Split::rows && dense_pays(shape, lanes(shape.I), engine);
+  plan.dense = plan.pack && plan.split != Split::units && dense_pays(shape, lanes(shape.I), engine);
   return plan;
 }
 

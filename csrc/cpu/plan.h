@@ -9,6 +9,10 @@
 // so that the projection uses its weights often, and its results are still in cache when the recurrence
 // comes by.
 //
+// Going forward, no projection waits for the recurrence. Where a step is too little work to share, one thread
+// computes the recurrence, and the others project the next chunk meanwhile; the first helps as far as that is
+// even, and all meet once a chunk.
+//
 // The recurrence has the four gates of a vector of hidden units side by side, so with 20 units in vectors of 16
 // it computes 8 vectors where 5 hold all columns. The projection, whose sums nobody needs gate by gate, can do
 // with the 5, for the price of moving its sums to where the recurrence adds to them.
@@ -35,6 +39,7 @@ struct Recurrence {
   Index steps, rows, units, gates, terms, product_terms;
   const Index* offsets = nullptr;  // of packed sequences, as in LayerShape
   Index barriers = 1;              // of a step, where threads share units
+  bool products_first = false;     // they need nothing of the recurrence
 
   Index rows_at(Index step) const { return offsets ? offsets[step + 1] - offsets[step] : rows; }
 };
@@ -42,7 +47,8 @@ struct Recurrence {
 // Fewer uses of a weight than this do not pay for packing it, which reads and writes it.
 constexpr Index packing_pays = 5;
 
-enum class Split { rows, units };
+// By what threads share the work. By steps: of the products alone, and the first thread computes the recurrence.
+enum class Split { rows, units, steps };
 
 struct Plan {
   int threads;
@@ -50,7 +56,8 @@ struct Plan {
   bool pack;      // the weights; else they are read where they lie
   bool dense;     // the projection's columns stand without gaps, and its sums are spread afterwards
   Index chunk;    // steps
-  double cycles;  // estimated
+  double own_share;  // of a chunk's products, where threads share steps: what the first thread makes of them
+  double cycles;     // estimated
 };
 
 Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads);

@@ -28,16 +28,17 @@ struct ChunkSums {
     const Index mean = shape.mean_rows();
     return std::max(rows, plan.chunk * (plan.split == Split::rows ? ceil_div(mean, plan.threads) : mean));
   }
-  // Those of all threads together.
+  // Those of all threads together. Where threads share steps, of two chunks.
   static Index size(const Columns<Element>& columns, const Plan& plan, const LayerShape& shape) {
-    if (plan.split == Split::units) return size(columns, rows_for(plan, shape, shape.B));
+    if (plan.split != Split::rows)
+      return size(columns, rows_for(plan, shape, shape.B)) * (plan.split == Split::steps ? 2 : 1);
     return plan.threads * size(columns, rows_for(plan, shape, 0)) + columns.panels() * panel_width<Element> * shape.B;
   }
   // This thread's, who own rows or share all of them.
   static ChunkSums of(const Columns<Element>& columns, const Team& team, const Plan& plan, const LayerShape& shape,
                       Range rows, Real* sums) {
     const Index most = rows_for(plan, shape, rows.size());
-    if (plan.split == Split::units) return {sums, most};
+    if (plan.split != Split::rows) return {sums, most};
     const Index before =
         team.rank * size(columns, rows_for(plan, shape, 0)) + columns.panels() * panel_width<Element> * rows.begin;
     return {sums + before, most};

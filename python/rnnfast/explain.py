@@ -35,7 +35,8 @@ class LayerPlan:
         dtype: what is computed in.
         isa: the instruction set.
         threads: how many work on it; fewer than there are where more would not pay.
-        split: "rows" if threads share the batch, "units" if they share the hidden units.
+        split: "rows" if threads share the batch, "units" if they share the hidden units, "steps" if
+            one thread computes the recurrence and the others project steps for it.
         packed: whether weights are packed (and kept); else they are read where they lie.
         chunk: steps whose inputs are projected together.
         tile: batch rows and sums that the inner loop keeps in registers.
@@ -43,7 +44,8 @@ class LayerPlan:
         w_hh_bytes_per_thread: the part of it that each thread reads in every step.
         level: the memory that part stays in: "L1", "L2", "L3" or "memory".
         peak: floating-point operations per second that these threads reach, measured.
-        bandwidth: bytes per second that these threads together read from that level, measured.
+        bandwidth: bytes per second that those which compute the recurrence read from that level,
+            measured.
     """
 
     name: str
@@ -68,6 +70,11 @@ class LayerPlan:
     bandwidth: float
 
     @property
+    def readers(self) -> int:
+        """Threads that compute the recurrence."""
+        return 1 if self.split == "steps" else self.threads
+
+    @property
     def arithmetic_seconds(self) -> float:
         """Multiplying and adding at the measured peak."""
         gates = 4 if self.cell == "lstm" else 1
@@ -77,7 +84,7 @@ class LayerPlan:
     @property
     def reading_seconds(self) -> float:
         """Reading W_hh in every step at the measured bandwidth."""
-        return self.T * self.threads * self.w_hh_bytes_per_thread / self.bandwidth
+        return self.T * self.readers * self.w_hh_bytes_per_thread / self.bandwidth
 
     @property
     def floor_seconds(self) -> float:
@@ -92,11 +99,13 @@ class LayerPlan:
     def __str__(self) -> str:
         if self.threads == 1:
             work = "1 thread"
+        elif self.split == "steps":
+            work = f"{self.threads} threads share the projection, one computes the recurrence"
         else:
             what = "batch rows" if self.split == "rows" else "hidden units"
             work = f"{self.threads} threads share the {what}"
         weights = "packed, and kept for the next call" if self.packed else "read where they lie"
-        part = "all" if self.split == "rows" else size(self.w_hh_bytes_per_thread)
+        part = size(self.w_hh_bytes_per_thread) if self.split == "units" else "all"
         place = "from memory" if self.level == "memory" else f"from the {self.level} cache"
         rows, sums = self.tile
         return "\n".join(
@@ -258,7 +267,7 @@ def _plan(
         w_hh_bytes_per_thread=part,
         level=level,
         peak=_peak(dtype, threads, isa),
-        bandwidth=_bandwidth(level, threads),
+        bandwidth=_bandwidth(level, 1 if split == "steps" else threads),
     )
 
 

@@ -356,6 +356,11 @@ std::vector<Case> cases() {
     list.push_back({Cell::lstm, 9, 6, 5, 33, reverse, 0, 0, false, {9, 8, 5, 5, 5, 1}, 19});
   // Long enough for threads to pay, one row only: threads can but share the hidden units.
   for (Cell cell : {Cell::lstm, Cell::rnn_tanh}) list.push_back({cell, 40, 1, 24, 150});
+  // Nearly all is projection: they share that, by steps of several chunks; packed, too.
+  for (Cell cell : {Cell::lstm, Cell::rnn_relu}) {
+    list.push_back({cell, 130, 1, 300, 20});
+    list.push_back({cell, 110, 2, 300, 20, true, 0, 0, false, {110, 15}});
+  }
   return list;
 }
 

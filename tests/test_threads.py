@@ -23,6 +23,7 @@ SHARED_BY = {  # (T, B, I, H) by what the planner shares between threads
     "rows": (20, 40, 33, 96),
     "units": (20, 1, 150, 800),
     "steps": (400, 1, 900, 20),
+    "rows, of few steps": (8, 16, 150, 200),  # going back, weights are read where they lie
 }
 
 

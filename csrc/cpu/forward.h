@@ -76,7 +76,7 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
       for (Index r = 0; r < count; ++r)
         in[r] = as_elements(layer.x + (shape.first_row(shape.time(rows[r].group)) + rows[r].row) * I);
       const Range vectors = plan.dense ? Range{0, w_ih.columns.unit_vectors()} : part.unit_vectors;
-      for_each_piece(w_ih.columns, vectors, false, [&](Piece piece) {
+      for_each_piece(w_ih.columns, vectors, false, [&](const Piece& piece) {
         Real* to[row_block];
         for (Index r = 0; r < count; ++r) to[r] = plan.dense ? dense.row(piece, r) : chunk.row(piece, m + r);
         w_ih.multiply(count, piece, in, {to, width, false});
@@ -112,7 +112,7 @@ void forward_part(Team& team, const Plan& plan, const LayerForward<Storage>& lay
       const Element* a[row_block];
       for (Index r = 0; r < own.size(); ++r)
         a[r] = as_elements((first + r < carried ? previous : layer.h0) + (first + r) * P);
-      for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](Piece piece) {
+      for_each_piece(columns, part.unit_vectors, p % 2 == 1, [&](const Piece& piece) {
         Real* to[row_block];
         for (Index r = 0; r < own.size(); ++r) to[r] = chunk.row(piece, m + own.begin + r);
         const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {

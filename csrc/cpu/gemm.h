@@ -11,7 +11,7 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 // One block of rows by one piece of the right-hand side, into rows that hold the original columns side
 // by side. c[r] is the start of row r.
 template <class Element, class Right, class Out>
-void multiply_piece(Index rows, const Element* const* a, const Right& right, Piece piece, Out* const* c) {
+void multiply_piece(Index rows, const Element* const* a, const Right& right, const Piece& piece, Out* const* c) {
   using Real = SumOf<Element>;
   constexpr Index width = Vec<Real>::width;
   const Columns<Element>& columns = right.columns;
@@ -52,7 +52,7 @@ void multiply_rows(Index count, RowIn&& a, const Right& right, Range part, RowOu
       in[m - rows.begin] = as_elements(a(m));
       out[m - rows.begin] = c(m);
     }
-    for_each_piece(right.columns, part, false, [&](Piece piece) {
+    for_each_piece(right.columns, part, false, [&](const Piece& piece) {
       multiply_piece(rows.size(), in, right, piece, out);
     });
   }

@@ -185,7 +185,7 @@ struct Packed {
   }
 
   // The product of `rows` rows with one piece.
-  void multiply(Index rows, Piece piece, const Element* const* a, const TileTarget<SumOf<Element>>& c) const {
+  void multiply(Index rows, const Piece& piece, const Element* const* a, const TileTarget<SumOf<Element>>& c) const {
     const Index whole = k_count / terms_in<Weight>;
     const Panel<Weight> panel{panels + piece.panel * panel_size(k_count) + piece.first * Vec<Weight>::width,
                               panel_width<Weight>};

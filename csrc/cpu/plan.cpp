@@ -47,6 +47,14 @@ bool dense_pays(const LayerShape& shape, Index product_terms, const Engine& engi
          engine.row_block * columns * engine.real_bytes <= engine.l2_bytes / 2;
 }
 
+// Weights going back are read row by row, as they lie: unpacked rows cost but their distance, which is little for one
+// pass of a block of rows, and more with each pass, all the more where there are more pages than the processor
+// remembers addresses of. Packing reads and writes all of them.
+bool packing_pays_back(Index steps, Index rows, Index w_hh_bytes, const Engine& engine) {
+  const Index most_steps = w_hh_bytes <= 8 * engine.l2_bytes ? 8 : 2;
+  return steps > most_steps || steps * rows > engine.row_block;
+}
+
 // A projected h is computed from what all threads have made of the cells.
 Index barriers_of(const LayerShape& shape) { return shape.projection > 0 ? 2 : 1; }
 
@@ -129,10 +137,12 @@ Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, co
   const Index windows = ceil_div(shape.T, k1);
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
   const Index* offsets = windows == 1 ? shape.offsets : nullptr;  // windows of several blocks: the mean will do
-  return plan_recurrence(
-      {k2, windows * shape.mean_rows(), shape.H, 1, lanes(gates * shape.h_size() + shape.projection),
-       lanes(product_terms), offsets, barriers_of(shape)},
-      engine, shape.threads);
+  const Index rows = windows * shape.mean_rows();
+  Plan plan = plan_recurrence({k2, rows, shape.H, 1, lanes(gates * shape.h_size() + shape.projection),
+                               lanes(product_terms), offsets, barriers_of(shape)},
+                              engine, shape.threads);
+  plan.pack = packing_pays_back(k2, rows, gates * shape.H * shape.h_size() * engine.real_bytes, engine);
+  return plan;
 }
 
 // Only some C libraries tell, and some answer 0: then a common size stands in.

@@ -44,7 +44,7 @@ struct Recurrence {
   Index rows_at(Index step) const { return offsets ? offsets[step + 1] - offsets[step] : rows; }
 };
 
-// Fewer uses of a weight than this do not pay for packing it, which reads and writes it.
+// Fewer uses of a weight than this, going forward, do not pay for packing it, which reads and writes it.
 constexpr Index packing_pays = 5;
 
 // By what threads share the work. By steps: of the products alone, and the first thread computes the recurrence.

@@ -89,7 +89,7 @@ class GateRecompute {
         sums[r] = buffer + r * panel_width<Element>;
         row[r] = gates.at(inputs.rows.begin + k);
       }
-      for_each_piece(columns(), vectors, false, [&](Piece piece) {
+      for_each_piece(columns(), vectors, false, [&](const Piece& piece) {
         w_ih.multiply(own.size(), piece, x, {sums, width, false});
         w_hh.multiply(own.size(), piece, h, {sums, width, true});
         const Index unit = piece.panel * width;

@@ -109,7 +109,7 @@ void recur_back(Team& team, const Part& part, bool shares_units, const LayerBack
         a[r] = as_elements(left_of(rows[r], at[r]));
         sums[r] = buffer + r * panel_width<Element>;
       }
-      for_each_piece(columns, vectors, s % 2 == 1, [&](Piece piece) {
+      for_each_piece(columns, vectors, s % 2 == 1, [&](const Piece& piece) {
         const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
           for (Index r = 0; r < count; ++r)
             for (Index v = 0; v < piece.vectors; ++v)

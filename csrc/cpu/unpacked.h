@@ -17,51 +17,77 @@ struct UnpackedColumns {
 
   using Real = SumOf<Element>;
 
-  void multiply(Index rows, Piece piece, const Element* const* a, const TileTarget<Real>& c) const {
-    for (Index r = 0; r < rows; ++r) {
-      for (Index v = 0; v < piece.vectors; ++v) {
-        const Vec<Real> sum = dot(as_numbers(a[r]), piece.panel, piece.first + v);
-        Real* to = c.row[r] + v * c.vector_stride;
-        (c.accumulate ? Vec<Real>::load(to) + sum : sum).store(to);
-      }
+  RNNFAST_INLINE void multiply(Index rows, const Piece& piece, const Element* const* a, const TileTarget<Real>& c) const {
+    for (Index v = 0; v < piece.vectors; ++v) {
+      Index r = 0;
+      const auto add_rows = [&](auto count) RNNFAST_LAMBDA {
+        Vec<Real> sums[count];
+        dot<count>(a + r, piece.panel, piece.first + v, sums);
+        for (int n = 0; n < count; ++n) {
+          Real* to = c.row[r + n] + v * c.vector_stride;
+          (c.accumulate ? Vec<Real>::load(to) + sums[n] : sums[n]).store(to);
+        }
+        r += count;
+      };
+      while (rows - r >= most_rows) add_rows(std::integral_constant<int, most_rows>());
+      if (rows - r == 2 && most_rows > 2) add_rows(std::integral_constant<int, 2>());
+      if (rows - r == 1) add_rows(std::integral_constant<int, 1>());
     }
   }
 
  private:
-  // Columns read at once. Rows of a power of two fall into the same sets of the L1 cache: with more of them
-  // under way than a set has ways, lines would leave before they are used.
-  static constexpr int streams = std::min(8, Vec<Real>::width);
+  // Rows that use a weight while it is in a register.
+  static constexpr int most_rows = vector_registers == 32 ? 3 : 2;
 
-  // a . each column of vector v; lanes behind the last column repeat it.
-  Vec<Real> dot(const StorageOf<Element>* a, Index panel, Index v) const {
+  // Columns read at once. Rows of a power of two fall into the same sets of the L1 cache: with more of them
+  // under way than a set has ways, lines would leave before they are used. Each has a sum for each row.
+  template <int rows>
+  static constexpr int streams = std::min(vector_registers == 32 || rows == 1 ? 8 : 4, Vec<Real>::width);
+
+  // sums[r] = a[r] . each column of vector v; lanes behind the last column repeat it.
+  template <int rows>
+  void dot(const Element* const* a, Index panel, Index v, Vec<Real>* sums) const {
     using V = Vec<Real>;
     const Index lanes = columns.lanes(panel, v);
     const StorageOf<Element>* first = weights + columns.column(panel, v) * k_count;
-    V sum[V::width];
+    const StorageOf<Element>* numbers[rows];
+    for (int r = 0; r < rows; ++r) numbers[r] = as_numbers(a[r]);
+    const StorageOf<Element>* next = first;
+    V sum[rows][V::width];
 #pragma GCC unroll 4
-    for (int lane = 0; lane < V::width; lane += streams) {
-      const StorageOf<Element>* row[streams];
+    for (int lane = 0; lane < V::width; lane += streams<rows>) {
+      const StorageOf<Element>* column[streams<rows>];
 #pragma GCC unroll 8
-      for (int i = 0; i < streams; ++i) {
-        row[i] = first + std::min<Index>(lane + i, lanes - 1) * k_count;
-        sum[lane + i] = V(Real(0));
+      for (int i = 0; i < streams<rows>; ++i) {
+        column[i] = next;
+        next += lane + i + 1 < lanes ? k_count : 0;
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) sum[r][lane + i] = V(Real(0));
       }
       const auto add = [&](Index k, Index terms) RNNFAST_LAMBDA {
-        const Vec<Element> factor = load_along(a + k, terms);
+        Vec<Element> factor[rows];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) factor[r] = load_along(numbers[r] + k, terms);
 #pragma GCC unroll 8
-        for (int i = 0; i < streams; ++i)
-          sum[lane + i] = multiply_add(factor, load_as_kept<Weight>(row[i] + k, terms), sum[lane + i]);
+        for (int i = 0; i < streams<rows>; ++i) {
+          Vec<Element> weight = load_as_kept<Weight>(column[i] + k, terms);
+          if (has_fma && rows > 1) keep_in_register(weight.v);
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r) sum[r][lane + i] = multiply_add(factor[r], weight, sum[r][lane + i]);
+        }
       };
       constexpr Index whole = V::width * terms_in<Element>;
       Index k = 0;
       for (; k + whole <= k_count; k += whole) add(k, whole);
       if (k < k_count) add(k, k_count - k);
     }
-    transpose_square<Real>(sum);
-    V total = sum[0];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      transpose_square<Real>(sum[r]);
+      sums[r] = sum[r][0];
 #pragma GCC unroll 16
-    for (int lane = 1; lane < V::width; ++lane) total = total + sum[lane];
-    return total;
+      for (int lane = 1; lane < V::width; ++lane) sums[r] = sums[r] + sum[r][lane];
+    }
   }
 };
 
@@ -85,7 +111,7 @@ struct UnpackedRows {
 
   bool is_whole(Index panel) const { return (panel + 1) * panel_width<Real> <= columns.units; }
 
-  void multiply(Index rows, Piece piece, const Real* const* a, const TileTarget<Real>& c) const {
+  void multiply(Index rows, const Piece& piece, const Real* const* a, const TileTarget<Real>& c) const {
     const Panel<Real> panel =
         is_whole(piece.panel)
             ? Panel<Real>{weights + piece.panel * panel_width<Real>, columns.units}

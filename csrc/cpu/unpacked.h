@@ -7,8 +7,8 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-// A matrix stored one row per column, as weights are going forward; what would be kept as pairs is rounded alike. Vectors run along k, so each column
-// is a sum of its lanes in the end: `width` columns together, by one transposition.
+// A matrix stored one row per column, as weights are going forward; what would be kept as pairs is rounded alike.
+// Vectors run along k, so each column is a sum of its lanes in the end: `width` columns together, by one transposition.
 template <class Element, class Weight = Element>
 struct UnpackedColumns {
   Columns<Element> columns;
@@ -49,10 +49,9 @@ struct UnpackedColumns {
   void dot(const Element* const* a, Index panel, Index v, Vec<Real>* sums) const {
     using V = Vec<Real>;
     const Index lanes = columns.lanes(panel, v);
-    const StorageOf<Element>* first = weights + columns.column(panel, v) * k_count;
     const StorageOf<Element>* numbers[rows];
     for (int r = 0; r < rows; ++r) numbers[r] = as_numbers(a[r]);
-    const StorageOf<Element>* next = first;
+    const StorageOf<Element>* next = weights + columns.column(panel, v) * k_count;
     V sum[rows][V::width];
 #pragma GCC unroll 4
     for (int lane = 0; lane < V::width; lane += streams<rows>) {

@@ -100,10 +100,10 @@ def test_each_round_has_every_candidate_once_in_changing_order():
 
 
 def test_blocks_time_only_their_own_calls():
-    # First call, counting call, then for each round an untimed call of 50 s and the timed one.
+    # First call, two counting calls, then for each round an untimed call of 50 s and the timed one.
     durations = {
-        "a": [9.0, 1.0, 50.0, 1.0, 50.0, 3.0, 50.0, 2.0],
-        "b": [9.0, 1.0, 50.0, 6.0, 50.0, 8.0, 50.0, 7.0],
+        "a": [9.0, 1.0, 1.0, 50.0, 1.0, 50.0, 3.0, 50.0, 2.0],
+        "b": [9.0, 1.0, 1.0, 50.0, 6.0, 50.0, 8.0, 50.0, 7.0],
     }
     timings, _ = time_fake(durations, rounds=3)
     assert timings["a"] == Timing(1, (1.0, 3.0, 2.0))
@@ -119,6 +119,12 @@ def test_calls_fill_a_block(call_seconds, calls):
     fake = FakeTime()
     call = fake.candidate("a", itertools.chain([100.0], itertools.repeat(call_seconds)))
     assert count_calls(call, 0.020, fake.clock) == calls
+
+
+def test_a_call_that_waits_for_its_core_does_not_set_the_count():
+    fake = FakeTime()
+    times = itertools.chain([100.0, 0.001, 0.001, 0.008], itertools.repeat(0.001))
+    assert count_calls(fake.candidate("a", times), 0.020, fake.clock) == 20
 
 
 def test_median_and_spread():
@@ -153,7 +159,7 @@ def test_a_block_waits_for_spinning_threads(spinning, pauses):
         sleep=sleep,
         cpu_clock=lambda: used,
     )
-    assert fake.events[2:] == (["pause"] * pauses + ["a", "a"]) * 3
+    assert fake.events[3:] == (["pause"] * pauses + ["a", "a"]) * 3
 
 
 def test_threads_that_never_sleep_end_the_run():

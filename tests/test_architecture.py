@@ -122,7 +122,7 @@ FOREIGN = {
     "pthread.h": {"cpu/team.cpp"},
     "unistd.h": {"cpu/plan.cpp"},
     "sys/mman.h": {"cpu/workspace.cpp"},
-    "immintrin.h": {"cpu/team.cpp", "cpu/simd.h"},
+    "immintrin.h": {"cpu/fingerprint.cpp", "cpu/team.cpp", "cpu/simd.h"},
     "arm_neon.h": {"cpu/simd.h"},
     "cuda_runtime.h": {"cuda/platform.h"},
     "cuda_fp16.h": {"cuda/platform.h"},

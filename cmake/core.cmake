@@ -10,6 +10,7 @@ set(RNNFAST_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvis
 
 add_library(rnnfast_cpu STATIC
   ${RNNFAST_ROOT}/csrc/cpu/fingerprint.cpp
+  ${RNNFAST_ROOT}/csrc/cpu/frozen.cpp
   ${RNNFAST_ROOT}/csrc/cpu/isa.cpp
   ${RNNFAST_ROOT}/csrc/cpu/packs.cpp
   ${RNNFAST_ROOT}/csrc/cpu/peaks.cpp

@@ -11,11 +11,13 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/frozen.h"
 #include "cpu/kernels.h"
 #include "cpu/packs.h"
 #include "cpu/peaks.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
+#include "python/frozen.h"
 #include "python/layer.h"
 #include "python/names.h"
 #include "python/offsets.h"
@@ -112,13 +114,13 @@ py::dict plan_recurrence(Index steps, Index rows, Index units, Index gates, Inde
 // The plan of a layer forward on this machine, and the tile of the kernels that carry it out.
 template <class Real>
 py::dict plan_forward(Index gates, Index T, Index B, Index I, Index H, int threads, Address batch_sizes,
-                      Index projection) {
+                      Index projection, bool frozen) {
   const std::vector<Index> offsets = python::offsets_of(batch_sizes, T);
   const LayerShape shape{gates == 4 ? Cell::lstm : Cell::rnn_tanh, T, B, I, H, false, threads,
                          offsets.empty() ? nullptr : offsets.data(), projection};
   require(check(shape));
   const cpu::Engine engine = cpu::kernels().of<Real>().engine();
-  py::dict plan = described(cpu::plan_forward(shape, engine));
+  py::dict plan = described(cpu::plan_forward(shape, engine, frozen));
   plan["tile_rows"] = engine.tile_rows;
   plan["vector_width"] = engine.vector_width;
   return plan;
@@ -131,7 +133,9 @@ std::vector<Index> cache_bytes() {
 
 py::dict pool_state() {
   const cpu::PoolState state = cpu::pool_state();
-  return py::dict("packs"_a = state.packs, "bytes"_a = state.bytes, "reused"_a = state.reused,
+  const cpu::FrozenState frozen = cpu::frozen_state();
+  return py::dict("packs"_a = state.packs, "bytes"_a = state.bytes, "frozen_packs"_a = frozen.packs,
+                  "frozen_bytes"_a = frozen.bytes, "reused"_a = state.reused,
                   "packed"_a = state.packed, "most_packs"_a = cpu::most_pool_packs,
                   "most_bytes"_a = cpu::most_pool_bytes);
 }
@@ -141,7 +145,7 @@ void bind_layers(py::module_& module, const std::string& suffix) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   module.def(("layer_backward_" + suffix).c_str(), &layer_backward<Storage>, released);
   module.def(("plan_forward_" + suffix).c_str(), &plan_forward<Storage>, "gates"_a, "T"_a, "B"_a, "I"_a, "H"_a,
-             "threads"_a, "batch_sizes"_a = 0, "projection"_a = 0);
+             "threads"_a, "batch_sizes"_a = 0, "projection"_a = 0, "frozen"_a = false);
   module.def(("fma_peak_" + suffix).c_str(), &cpu::fma_peak<Storage>, released);
 }
 
@@ -149,6 +153,7 @@ void bind_layers(py::module_& module, const std::string& suffix) {
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The native core of rnnfast; use rnnfast's Python modules instead.";
+  python::bind_frozen(module);
   python::bind_layer(module);
   python::bind_plain(module);
   bind_layers<float>(module, "float32");

@@ -93,6 +93,9 @@ struct LayerForward {
   const Storage* w_hr = nullptr;  // input  (P, H)
   Storage* m = nullptr;           // saved  (T, B, H)  o tanh(c), which is projected; null: not kept
 
+  // The name of weights that hold what they held in every call with it (cpu/frozen.h); 0: they may have changed.
+  std::uint64_t frozen = 0;
+
   bool halve_w_hh = false;  // float only: use w_hh rounded to bfloat16, and keep it so: half the bytes a step
 };
 

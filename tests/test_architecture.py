@@ -35,6 +35,7 @@ ROOMS = {
     "functional": {"torch"},
     "modules": {"torch"},
     "convert": {"torch"},
+    "frozen": {"torch"},
     "cuda_plan": {"torch"},
     "explain": {"torch"},
     "rnnfast": set(),  # the public names, __init__.py
@@ -113,9 +114,12 @@ def test_imports_are_seen():
 # Headers that are neither C++'s own nor ours, and the only files that may include them.
 FOREIGN = {
     "pybind11/pybind11.h": {
-        *("bindings.cpp", "cuda/bindings.h", "python/layer.h", "python/plain.h", "python/tensor.h"),
+        *("bindings.cpp", "cuda/bindings.h", "python/frozen.h", "python/layer.h"),
+        *("python/plain.h", "python/tensor.h"),
     },
-    "pybind11/stl.h": {"bindings.cpp", "cuda/bindings.h", "python/layer.cpp"},
+    "pybind11/stl.h": {
+        *("bindings.cpp", "cuda/bindings.h", "python/frozen.cpp", "python/layer.cpp"),
+    },
     "pybind11/gil_safe_call_once.h": {"python/tensor.cpp"},
     "dlfcn.h": {"bindings.cpp"},
     "omp.h": {"bindings.cpp", "cpu/team.cpp"},

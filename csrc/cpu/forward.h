@@ -183,7 +183,7 @@ void run_forward(const LayerForward<Storage>& layer) {
   constexpr Index gates = CellLayer::gates;
   const LayerShape& shape = layer.shape;
   const Columns<Element> columns{shape.H, gates};
-  const Plan plan = plan_forward(shape, engine<Element>());
+  const Plan plan = plan_forward(shape, engine<Element>(), layer.frozen != 0);
   const Columns<Element> ih_columns = plan.dense ? Columns<Element>{columns.count(), 1} : columns;
   const Columns<Element> hr_columns{shape.projection, 1};
   const Index ih_count = plan.pack ? Packed<Element>::size(ih_columns, shape.I) : 0;
@@ -199,7 +199,7 @@ void run_forward(const LayerForward<Storage>& layer) {
       element_bytes(ih_count) + Workspace::bytes_for<Weight>(hh_count) + element_bytes(hr_count);
   Pack pack({layer.w_ih, layer.w_hh, layer.w_hr, shape.I, shape.H, shape.h_size(), gates, Vec<Element>::width,
              sizeof(Storage), parts_of<Element, Weight> == 2, plan.dense},
-            packed_bytes);
+            layer.frozen, packed_bytes);
   const std::size_t own_bytes = pack.memory() ? 0 : packed_bytes;
   Workspace& workspace =
       Workspace::with_room(own_bytes + bytes(columns.count()) + bytes(chunk_count) +

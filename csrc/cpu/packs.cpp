@@ -56,15 +56,14 @@ void trim(Pool& pool) {
 
 }  // namespace
 
-bool PackKey::operator==(const PackKey& other) const {
-  return w_ih == other.w_ih && w_hh == other.w_hh && w_hr == other.w_hr && I == other.I && H == other.H &&
-         h_size == other.h_size &&
-         gates == other.gates && vector_width == other.vector_width && real_bytes == other.real_bytes &&
-         halved_hh == other.halved_hh && dense_ih == other.dense_ih;
-}
-
-Pack::Pack(const PackKey& key, std::size_t bytes) {
+Pack::Pack(const PackKey& key, Name frozen, std::size_t bytes) : key_(key), name_(frozen), bytes_(bytes) {
   if (bytes == 0) return;
+  if (name_) {
+    frozen_ = find_frozen(name_, key);
+    is_found_ = bool(frozen_);
+    if (!is_found_) frozen_ = allocate(bytes);
+    return;
+  }
   Pool& pool = cpu::pool();
   if (Lock lock(pool.mutex, std::try_to_lock); lock) {
     const auto found = std::find_if(pool.packs.begin(), pool.packs.end(),
@@ -103,9 +102,14 @@ Pack::~Pack() {
 }
 
 void Pack::settle() {
+  Pool& pool = cpu::pool();
+  if (frozen_) {
+    (is_found_ ? pool.reused : pool.packed).fetch_add(1, std::memory_order_relaxed);
+    if (!is_found_) keep_frozen(name_, key_, frozen_, bytes_);
+    return;
+  }
   if (!memory()) return;
   Kept& kept = kept_.front();
-  Pool& pool = cpu::pool();
   if (is_current()) {
     pool.reused.fetch_add(1, std::memory_order_relaxed);
     kept.changes = 0;
@@ -123,7 +127,10 @@ void Pack::settle() {
   }
 }
 
-std::byte* Pack::memory() const { return kept_.empty() ? nullptr : kept_.front().memory.get(); }
+std::byte* Pack::memory() const {
+  if (frozen_) return frozen_.get();
+  return kept_.empty() ? nullptr : kept_.front().memory.get();
+}
 
 void Pack::hash_share(Team& team, Hashes& slabs) const {
   const Range own = team.share(static_cast<Index>(slabs.size()));

@@ -8,6 +8,8 @@
 // Weights that change from call to call, as in training, would be fingerprinted for nothing. After two
 // changes in a row they are left alone for a while, and longer each time: 1, 3, 7, ... 63 calls pack for
 // themselves.
+//
+// Frozen weights (frozen.h) need neither: a copy under their name is right, and calls read it together.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +18,7 @@
 #include <vector>
 
 #include "fingerprint.h"
+#include "frozen.h"
 #include "team.h"
 #include "workspace.h"
 
@@ -25,22 +28,12 @@ namespace rnnfast::cpu {
 constexpr std::size_t most_pool_bytes = std::size_t{256} << 20;
 constexpr std::size_t most_pool_packs = 256;
 
-// Where the weights of a layer are, and all that decides how they are laid out when packed.
-struct PackKey {
-  const void *w_ih, *w_hh, *w_hr;  // w_hr: null where h is not projected
-  Index I, H, h_size, gates;
-  Index vector_width, real_bytes;
-  bool halved_hh;  // w_hh is kept as bfloat16
-  bool dense_ih;   // w_ih's columns stand without gaps between gates
-
-  bool operator==(const PackKey& other) const;
-};
-
 // The packed weights of one layer, for the time of one call.
 class Pack {
  public:
-  // Takes a copy from the pool, or makes room for `bytes`; throws std::bad_alloc. 0 bytes: nothing is packed.
-  Pack(const PackKey& key, std::size_t bytes);
+  // Takes a copy from the pool, or one under the name of frozen weights, or makes room for `bytes`; throws
+  // std::bad_alloc. 0 bytes: nothing is packed.
+  Pack(const PackKey& key, Name frozen, std::size_t bytes);
   // Gives the copy back to the pool.
   ~Pack();
   Pack(const Pack&) = delete;
@@ -53,7 +46,8 @@ class Pack {
   // the calling member's share.
   template <class PackShare>
   void refresh(Team& team, PackShare&& pack_share) {
-    const bool keeps = memory();
+    if (is_found_) return;
+    const bool keeps = !kept_.empty() && memory();
     if (keeps) {
       hash_share(team, before_);
       team.barrier();
@@ -83,7 +77,12 @@ class Pack {
   Fingerprint fingerprint_of(const Hashes& slabs) const;
   bool is_current() const;
 
-  std::list<Kept> kept_;  // at most one: a list, because its node moves to the pool and back as it is
+  PackKey key_;
+  Name name_;
+  std::size_t bytes_;
+  FrozenPack frozen_;      // the copy, where weights have a name
+  bool is_found_ = false;  // it was there before the call
+  std::list<Kept> kept_;   // else; at most one: a list, because its node moves to the pool and back as it is
   Hashes before_, after_;
 };
 

@@ -119,13 +119,14 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
   return best;
 }
 
-Plan plan_forward(const LayerShape& shape, const Engine& engine) {
+Plan plan_forward(const LayerShape& shape, const Engine& engine, bool frozen) {
   const auto lanes = [&](Index terms) { return ceil_div(terms, engine.terms); };
   Plan plan = plan_recurrence(
       {shape.T, shape.mean_rows(), shape.H, gate_count(shape.cell),
        lanes(shape.h_size()) + ceil_div(lanes(shape.projection), gate_count(shape.cell)), lanes(shape.I), shape.offsets,
        barriers_of(shape), true},
       engine, shape.threads);
+  plan.pack = plan.pack || frozen;
   plan.dense = plan.pack && plan.split != Split::units && dense_pays(shape, lanes(shape.I), engine);
   return plan;
 }

@@ -62,8 +62,8 @@ struct Plan {
 
 Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads);
 
-// The recurrences of the contract's operations.
-Plan plan_forward(const LayerShape& shape, const Engine& engine);
+// The recurrences of the contract's operations. Frozen weights are packed once, and for all calls to come.
+Plan plan_forward(const LayerShape& shape, const Engine& engine, bool frozen = false);
 Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, const Engine& engine);
 
 // Cache sizes of this machine, read once: a core's own, and the one that all cores share.

@@ -13,6 +13,7 @@
 
 #include "../check.h"
 #include "../cpu/kernels.h"
+#include "frozen.h"
 #include "names.h"
 #include "offsets.h"
 #include "tensor.h"
@@ -24,6 +25,7 @@ struct Layer {
   LayerShape shape{};
   std::vector<Index> offsets;  // the shape's, if packed
   Keep keep = Keep::nothing;
+  std::uint64_t frozen = 0;  // as in LayerForward
   bool halve_w_hh = false;
   bool wants_h_n = true;
   Tensor x;
@@ -90,7 +92,7 @@ void compute(const Layer& layer, const Results& results) {
       layer.h0 ? storage(layer.h0) : static_cast<Storage*>(zeros.get()),
       layer.c0 || !layer.is_lstm() ? real(layer.c0) : static_cast<Real*>(zeros.get()),
       storage(results.y), storage(results.h_n), real(results.c_n), real(results.c), real(results.gates),
-      storage(layer.w_hr), storage(results.m), layer.halve_w_hh};
+      storage(layer.w_hr), storage(results.m), layer.frozen, layer.halve_w_hh};
   if (const Status status = check(call); status != Status::ok)
     throw std::invalid_argument(message(status));
   const py::gil_scoped_release released;
@@ -100,6 +102,7 @@ void compute(const Layer& layer, const Results& results) {
 Results run(Layer& layer) {
   layer.shape.threads = thread_count();
   for (Tensor* tensor : tensors_of(layer)) make_dense(*tensor);
+  layer.frozen = frozen_name(layer.w_ih.array.data, layer.w_hh.array.data, layer.w_hr.array.data);
   Results results = allocate(layer);
   switch (layer.number()) {
     case Number::float32: compute<float>(layer, results); break;

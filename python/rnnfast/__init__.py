@@ -4,6 +4,7 @@ from . import bptt, functional
 from ._native import build_info
 from .convert import convert, revert
 from .explain import explain
+from .frozen import freeze, thaw
 from .halved import halved_recurrence
 from .modules import LSTM, RNN, LSTMCell, RNNCell
 
@@ -17,9 +18,11 @@ __all__ = [
     "build_info",
     "convert",
     "explain",
+    "freeze",
     "functional",
     "halved_recurrence",
     "revert",
+    "thaw",
 ]
 
 __version__ = "0.1.0"

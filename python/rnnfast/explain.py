@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import bptt, checks, cuda_plan, modules, ops
 from ._native import build_info, core, fma_peak, precision, read_bandwidth
 from .cuda_plan import CudaExplanation, size
+from .frozen import is_frozen
 
 READINGS = 3  # of each ceiling: the best counts, as other programs may run meanwhile
 
@@ -38,6 +39,7 @@ class LayerPlan:
         split: "rows" if threads share the batch, "units" if they share the hidden units, "steps" if
             one thread computes the recurrence and the others project steps for it.
         packed: whether weights are packed (and kept); else they are read where they lie.
+        frozen: whether their owner has promised to leave them as they are: `freeze`.
         chunk: steps whose inputs are projected together.
         tile: batch rows and sums that the inner loop keeps in registers.
         w_hh_bytes: all of W_hh, and of W_hr where h is projected: what a step reads.
@@ -61,6 +63,7 @@ class LayerPlan:
     threads: int
     split: str
     packed: bool
+    frozen: bool
     chunk: int
     tile: tuple[int, int]
     w_hh_bytes: int
@@ -105,6 +108,8 @@ class LayerPlan:
             what = "batch rows" if self.split == "rows" else "hidden units"
             work = f"{self.threads} threads share the {what}"
         weights = "packed, and kept for the next call" if self.packed else "read where they lie"
+        if self.frozen:
+            weights = "frozen, and packed once for all calls"
         part = size(self.w_hh_bytes_per_thread) if self.split == "units" else "all"
         place = "from memory" if self.level == "memory" else f"from the {self.level} cache"
         rows, sums = self.tile
@@ -210,7 +215,9 @@ def explain(
         for direction in range(directions):
             name = f"layer {layer}{' reverse' if direction else ''}"
             sizes = (T, B, I, module.hidden_size)
-            plans.append(_plan(name, cell, sizes, module.proj_size, batch_sizes, dtype))
+            plans.append(
+                _plan(name, cell, sizes, module.proj_size, batch_sizes, dtype, is_frozen(module))
+            )
     return Explanation(plans)
 
 
@@ -245,6 +252,7 @@ def _plan(
     projection: int,
     batch_sizes: Tensor | None,
     dtype: torch.dtype,
+    frozen: bool,
 ) -> LayerPlan:
     T, B, _, H = sizes
     gates, P = 4 if cell == "lstm" else 1, projection or H
@@ -252,7 +260,7 @@ def _plan(
     if batch_sizes is not None:
         rows, address = int(batch_sizes.sum()), batch_sizes.data_ptr()
     plan = getattr(core, f"plan_forward_{precision(dtype)}")(
-        gates, *sizes, torch.get_num_threads(), address, projection
+        gates, *sizes, torch.get_num_threads(), address, projection, frozen
     )
     threads, split = plan["threads"], plan["split"]
     w_hh = (gates * P + projection) * H * dtype.itemsize
@@ -261,7 +269,7 @@ def _plan(
     isa = build_info()["isa"]
     return LayerPlan(
         *(name, cell, *sizes, P, rows, dtype),
-        *(isa, threads, split, plan["pack"], plan["chunk"]),
+        *(isa, threads, split, plan["pack"], frozen, plan["chunk"]),
         tile=(plan["tile_rows"], 4 * plan["vector_width"]),
         w_hh_bytes=w_hh,
         w_hh_bytes_per_thread=part,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import rnnfast
 import torch
 
 from . import peers
 from .agreement import check_agreement, check_peer
-from .results import OWN_FLOAT32
+from .results import OWN_FLOAT32, OWN_FROZEN
 from .shapes import GATES, Shape, is_step
 from .timing import Call
 
@@ -23,8 +24,9 @@ LAYERS = {
 class LayerProblem:
     """One shape: the same weights, input x (T, B, I) and output gradient dy (T, B, H) for all.
 
-    A module for one step gets x (B, I), dy (B, H) and the state a loop over steps would carry. In
-    bfloat16 rnnfast stands here a second time, in float32 on the same numbers.
+    A module for one step gets x (B, I), dy (B, H) and the state a loop over steps would carry.
+    rnnfast stands here a second time: in bfloat16 as float32 on the same numbers, in other dtypes
+    forward, with frozen weights, which other peers' are too.
 
     Args:
         shape: of the layer.
@@ -51,6 +53,8 @@ class LayerProblem:
         self.layers["rnnfast"].load_state_dict(self.layers["torch"].state_dict())
         if dtype == torch.bfloat16:
             self.layers[OWN_FLOAT32] = copy.deepcopy(self.layers["rnnfast"]).float()
+        else:
+            self.layers[OWN_FROZEN] = rnnfast.freeze(copy.deepcopy(self.layers["rnnfast"]))
         self.x = torch.randn(shape.steps, shape.batch, shape.input_size, dtype=dtype)
         self.dy = torch.randn(shape.steps, shape.batch, shape.hidden_size, dtype=dtype)
         if is_step(shape.cell):
@@ -63,23 +67,38 @@ class LayerProblem:
         }
 
     def calls(self, mode: str) -> dict[str, Call]:
-        """The calls to be timed: torch, rnnfast, its own float32 and, forward, other peers."""
+        """The calls to be timed in a `context`: torch, rnnfast in one way or two, other peers."""
         make = {"forward": self._forward_call, "training": self._training_call}[mode]
-        calls = {name: make(layer) for name, layer in self.layers.items()}
+        calls = {name: make(layer) for name, layer in self._layers(mode).items()}
         if mode == "forward":
             calls |= {name: peer.run for name, peer in self.peers.items()}
         return calls
 
+    @staticmethod
+    def context(mode: str) -> AbstractContextManager:
+        """What calls are timed in: forward without gradients, as a loop that serves would be.
+
+        Entering it at every call would take 2 us, a fifth of a step of a small layer.
+        """
+        return torch.set_grad_enabled(mode == "training")
+
+    def _layers(self, mode: str) -> dict[str, torch.nn.Module]:
+        without = OWN_FROZEN if mode == "training" else None
+        return {name: layer for name, layer in self.layers.items() if name != without}
+
     def check(self, mode: str) -> None:
         """Raises DisagreementError where results differ by more than rounding."""
-        computed = {name: self._results(layer, mode) for name, layer in self.layers.items()}
+        layers = self._layers(mode)
+        computed = {name: self._results(layer, mode) for name, layer in layers.items()}
         exact = self._results(copy.deepcopy(self.layers["torch"]).double(), mode)
         # The longest sums: a gate over its inputs, dh over gates, a weight gradient over rows.
         terms = self.shape.input_size + self.shape.hidden_size
         if mode == "training":
             terms += self.shape.gates * self.shape.hidden_size + self.shape.steps * self.shape.batch
         what = f"{self.shape} {mode}"
-        check_agreement(what, computed["rnnfast"], computed["torch"], exact, terms)
+        for name in ("rnnfast", OWN_FROZEN):
+            if name in computed:
+                check_agreement(what, computed[name], computed["torch"], exact, terms, whose=name)
         if OWN_FLOAT32 in computed:
             trusted = self._results(copy.deepcopy(self.layers["torch"]).float(), mode)
             check_agreement(what, computed[OWN_FLOAT32], trusted, exact, terms, whose=OWN_FLOAT32)
@@ -109,12 +128,7 @@ class LayerProblem:
     def _forward_call(self, layer: torch.nn.Module) -> Call:
         dtype = _dtype(layer)
         arguments = (self.x.to(dtype), *self._state(dtype))
-
-        def call() -> object:
-            with torch.no_grad():
-                return layer(*arguments)
-
-        return call
+        return lambda: layer(*arguments)
 
     def _training_call(self, layer: torch.nn.Module) -> Call:
         dtype = _dtype(layer)

@@ -19,8 +19,10 @@ from .timing import Timing, ratio
 
 FORMAT = 1
 
-# rnnfast in float32, timed in a run of bfloat16 beside rnnfast itself.
-OWN_FLOAT32 = "rnnfast float32"
+# rnnfast in float32, timed in a run of bfloat16 beside rnnfast itself; and, forward in other runs,
+# rnnfast with frozen weights, which are as constant as those of other peers.
+OWN_FLOAT32, OWN_FROZEN = "rnnfast float32", "rnnfast frozen"
+OWN = ("rnnfast", OWN_FLOAT32, OWN_FROZEN)
 
 # Clock rates drift by some percent between the measurement of the peak and that of a layer.
 HIGHEST_SHARE = 1.1
@@ -36,7 +38,7 @@ class ImplausiblePeakError(Exception):
 
 @dataclass(frozen=True)
 class Compared:
-    """Timings of "torch", "rnnfast", and perhaps OWN_FLOAT32 and other peers on the same work."""
+    """Timings of "torch", of some of OWN, and perhaps of other peers on the same work."""
 
     timings: dict[str, Timing]
 
@@ -48,13 +50,18 @@ class Compared:
     @property
     def best_peer(self) -> str:
         """The fastest candidate that is not rnnfast."""
-        peers = self.timings.keys() - {"rnnfast", OWN_FLOAT32}
+        peers = self.timings.keys() - set(OWN)
         return min(sorted(peers), key=lambda name: self.timings[name].median)
 
     @property
     def ratio_to_best(self) -> float:
         """Time of the best peer over time of rnnfast."""
         return ratio(self.timings, self.best_peer, "rnnfast")
+
+    @property
+    def frozen_ratio_to_best(self) -> float:
+        """The same for frozen weights."""
+        return ratio(self.timings, self.best_peer, OWN_FROZEN)
 
     @property
     def ratio_to_float32(self) -> float:
@@ -118,17 +125,27 @@ class Run:
     def other_peers(self) -> list[str]:
         """Peers besides torch that any layer was timed with."""
         names = dict.fromkeys(name for result in self.layers for name in result.timings)
-        return [name for name in names if name not in ("torch", "rnnfast", OWN_FLOAT32)]
+        return [name for name in names if name not in ("torch", *OWN)]
 
     @property
     def has_own_float32(self) -> bool:
         """Whether rnnfast was timed in float32 too, as it is in a run of bfloat16."""
         return any(OWN_FLOAT32 in result.timings for result in self.layers)
 
+    @property
+    def has_frozen(self) -> bool:
+        """Whether rnnfast was timed with frozen weights too."""
+        return any(OWN_FROZEN in result.timings for result in self.layers)
+
     def geometric_means(self, of: str = "ratio") -> dict[tuple[str, str], float]:
-        """Mean of a ratio of LayerResult by cell and mode, ordered as the results."""
+        """Mean of a ratio of LayerResult by cell and mode, ordered as the results.
+
+        Modes that are not timed with frozen weights have no mean of a ratio of those.
+        """
         ratios: dict[tuple[str, str], list[float]] = {}
         for result in self.layers:
+            if of.startswith("frozen") and OWN_FROZEN not in result.timings:
+                continue
             of_kind = ratios.setdefault((result.shape.cell, result.mode), [])
             of_kind.append(getattr(result, of))
         return {key: statistics.geometric_mean(values) for key, values in ratios.items()}

@@ -57,7 +57,8 @@ def run_benchmarks(
         for mode in modes:
             progress.print(f"{shape} {mode}", style="dim")
             problem.check(mode)
-            timings = timing.time_candidates(problem.calls(mode), rounds=rounds, seed=seed)
+            with problem.context(mode):
+                timings = timing.time_candidates(problem.calls(mode), rounds=rounds, seed=seed)
             layers.append(LayerResult(timings, shape, mode))
     for size in STEPS if language_models else ():
         progress.print(size.name, style="dim")
@@ -178,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         results.save(run, options.json)
     # Cells cut off by a narrow terminal or a pipe would lose digits; wrapped lines lose none.
-    width = TABLE_WIDTH + PEER_WIDTH * (len(run.other_peers) + 2 * run.has_own_float32)
+    width = TABLE_WIDTH + PEER_WIDTH * (
+        len(run.other_peers) + 2 * run.has_own_float32 + run.has_frozen
+    )
     print_run(run, Console(width=max(Console().width, width)))
     try:
         run.check_peak()

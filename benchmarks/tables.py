@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .results import OWN_FLOAT32, LayerResult, Run
+from .results import OWN_FLOAT32, OWN_FROZEN, LayerResult, Run
 from .timing import Timing
 
 
@@ -40,6 +40,7 @@ def layer_table(run: Run) -> Table:
         *(candidate(name) for name in run.other_peers),
         *([candidate(OWN_FLOAT32)] if run.has_own_float32 else []),
         candidate("rnnfast"),
+        *([candidate(OWN_FROZEN)] if run.has_frozen else []),
         ("GFLOP/s", lambda result: significant(result.flops_per_second("rnnfast") / 1e9)),
         _share_of_peak(run),
         ("floor ms", lambda result: milliseconds(run.floor(result).seconds)),
@@ -63,12 +64,17 @@ def _ratios(run: Run, with_peers: bool) -> list[Column]:
     return [
         ("faster", lambda result: times(result.ratio)),
         *([("than best", lambda result: times(result.ratio_to_best))] if with_peers else []),
+        *([("frozen", _frozen_ratio)] if with_peers and run.has_frozen else []),
         *(
             [("than float32", lambda result: times(result.ratio_to_float32))]
             if run.has_own_float32
             else []
         ),
     ]
+
+
+def _frozen_ratio(result: LayerResult) -> str:
+    return times(result.frozen_ratio_to_best) if OWN_FROZEN in result.timings else ""
 
 
 def time_and_spread(timing: Timing) -> str:
@@ -120,10 +126,14 @@ def mean_table(run: Run) -> Table:
     columns = {
         "faster": "ratio",
         **({"than best": "ratio_to_best"} if run.other_peers else {}),
+        **({"frozen": "frozen_ratio_to_best"} if run.other_peers and run.has_frozen else {}),
         **({"than float32": "ratio_to_float32"} if run.has_own_float32 else {}),
     }
     means = [run.geometric_means(of) for of in columns.values()]
-    rows = [(*kind, *(times(mean[kind]) for mean in means)) for kind in run.geometric_means()]
+    rows = [
+        (*kind, *(times(mean[kind]) if kind in mean else "" for mean in means))
+        for kind in run.geometric_means()
+    ]
     return Table("Geometric means", ("cell", "mode", *columns), rows, labels=2)
 
 
@@ -162,6 +172,10 @@ def legend(run: Run) -> str:
     if run.other_peers:
         peers = ", ".join(["torch.nn", *run.other_peers])
         parts.append(f"than best: time of the fastest of {peers} over time of rnnfast")
+        if run.has_frozen:
+            parts.append(
+                "frozen: the same with weights promised to stay, as those of the peers are"
+            )
     if run.has_own_float32:
         parts.append("than float32: time of rnnfast in float32 over its time in bfloat16")
     return "; ".join(parts) + "."

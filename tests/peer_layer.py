@@ -15,6 +15,7 @@ import torch
 from benchmarks import peers
 from benchmarks.agreement import DisagreementError
 from benchmarks.layers import LayerProblem
+from benchmarks.results import OWN_FROZEN
 from benchmarks.shapes import Shape
 
 
@@ -33,7 +34,7 @@ def wrong_layer(problem: LayerProblem) -> torch.nn.Module:
 def main(cell: str, name: str) -> None:
     problem = LayerProblem(Shape(cell, 7, 3, 5, 9), torch.float32, other_peers=[name])
     problem.check("forward")
-    assert list(problem.calls("forward")) == ["torch", "rnnfast", name]
+    assert list(problem.calls("forward")) == ["torch", "rnnfast", OWN_FROZEN, name]
     assert list(problem.calls("training")) == ["torch", "rnnfast"]
     problem.peers[name] = peers.open_peer(name, wrong_layer(problem), problem.x, threads=1)
     with pytest.raises(DisagreementError, match=f"of {name} is off by"):

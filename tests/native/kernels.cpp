@@ -14,6 +14,7 @@
 
 #include "array.h"
 #include "check.h"
+#include "cpu/frozen.h"
 #include "cpu/kernels.h"
 #include "cpu/team.h"
 #include "openmp.h"
@@ -76,7 +77,9 @@ struct Problem {
   Array<Real> x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr, dy, dh_n, dc_n, dc;
   plain::Outputs outputs;
   plain::Gradients gradients;
+  const rnnfast::cpu::Name name = rnnfast::cpu::freeze();  // of its weights, for calls that may trust them
 
+  ~Problem() { rnnfast::cpu::thaw(name); }
   explicit Problem(const Case& shape) : shape(shape) {
     const Index T = shape.T, B = shape.B, I = shape.I, H = shape.H, GH = shape.gate_rows(), N = shape.rows();
     const Index state = shape.lstm() ? B * H : 0, P = shape.h_size();
@@ -113,7 +116,7 @@ struct Problem {
 // What one call of the kernels wrote.
 template <class Real>
 struct Results {
-  Array<Real> y, h_n, c_n, c, gates, m, y_lean, dx, dw_ih, dw_hh, db, dh0, dc0, dw_hr, dw_hh_recomputed;
+  Array<Real> y, h_n, c_n, c, gates, m, y_lean, y_frozen, dx, dw_ih, dw_hh, db, dh0, dc0, dw_hr, dw_hh_recomputed;
 };
 
 template <class Real>
@@ -127,7 +130,7 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
   const auto lstm_only = [&](auto& array) { return shape.lstm() ? array.data() : nullptr; };
 
   Results<Real> out;
-  for (Array<Real>* array : {&out.y, &out.y_lean}) *array = Array<Real>(N * P);
+  for (Array<Real>* array : {&out.y, &out.y_lean, &out.y_frozen}) *array = Array<Real>(N * P);
   out.h_n = Array<Real>(B * P);
   out.m = Array<Real>(shape.P ? N * H : 0);
   out.c_n = Array<Real>(state);
@@ -152,6 +155,11 @@ Results<Real> run(const Problem<Real>& problem, int threads) {
   };
   forward.y = out.y_lean.data();  // nothing kept for a backward pass, and no h_n
   call_forward();
+  forward.y = out.y_frozen.data();
+  forward.frozen = problem.name;
+  call_forward();  // which may find no copy of the weights yet
+  call_forward();
+  forward.frozen = 0;
   forward.y = out.y.data();
   forward.h_n = out.h_n.data();
   forward.c = lstm_only(out.c);
@@ -245,6 +253,7 @@ void expect_results(const std::string& name, const Problem<Real>& problem, const
   };
   output("y", got.y, out.y);
   output("y, nothing kept", got.y_lean, out.y);
+  output("y, frozen weights", got.y_frozen, out.y);
   output("h_n", got.h_n, out.h_n);
   output("c_n", got.c_n, out.c_n);
   output("c", got.c, out.c);
@@ -280,6 +289,7 @@ void expect_same(const std::string& name, const Results<Real>& a, const Results<
   same("c", a.c, b.c);
   same("gates", a.gates, b.gates);
   same("y, nothing kept", a.y_lean, b.y_lean);
+  same("y, frozen weights", a.y_frozen, b.y_frozen);
   same("dx", a.dx, b.dx);
   same("dw_ih", a.dw_ih, b.dw_ih);
   same("dw_hh", a.dw_hh, b.dw_hh);

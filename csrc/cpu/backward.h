@@ -177,6 +177,16 @@ void run_backward(const LayerBackward<Storage>& layer) {
   Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
   std::fill(scratch.zeros, scratch.zeros + GH, Storage{});
   find_previous(shape, layer.y, layer.h0, scratch.previous);
+  const auto prepare = [](auto* array, Index count) {
+    prepare_for_writing(array, sizeof(*array) * std::size_t(count));
+  };
+  prepare(layer.dx, N * I);
+  prepare(layer.dw_ih, GH * I);
+  prepare(layer.dw_hh, GH * P);
+  prepare(layer.dw_hr, P * H);
+  prepare(layer.da, N * GH);
+  prepare(layer.da_windows, 2 * window_rows * GH);
+  prepare(layer.da_sums, N * GH);
   if (starts_anywhere) {
     std::fill(scratch.dh_start, scratch.dh_start + starts * P, Real(0));
     std::fill(scratch.dc_start, scratch.dc_start + starts * H, Real(0));

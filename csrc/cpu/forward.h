@@ -214,6 +214,13 @@ void run_forward(const LayerForward<Storage>& layer) {
   Real* dense_sums = workspace.take<Real>(dense_count * plan.threads);
   auto* m = workspace.take<Storage>(m_count);
   add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
+  const auto prepare = [&](auto* array, Index columns) {
+    prepare_for_writing(array, sizeof(*array) * std::size_t(shape.rows() * columns));
+  };
+  prepare(layer.y, shape.h_size());
+  prepare(layer.c, shape.H);
+  prepare(layer.gates, 4 * shape.H);
+  prepare(layer.m, shape.H);
 
   auto body = [&](Team& team) {
     const auto part = [&](const auto& w_ih, const auto& w_hh, const auto& w_hr) {

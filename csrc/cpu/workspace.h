@@ -23,6 +23,11 @@ using Memory = std::unique_ptr<std::byte, FreeMemory>;
 // Memory for weights and buffers, on huge pages where it is large enough; throws std::bad_alloc.
 Memory allocate(std::size_t bytes);
 
+// Asks for huge pages where a large array, which is to be written from end to end, has no pages yet. From some size on
+// allocators give memory back to the system and ask for it anew at every call, and then a page of 4 KiB costs
+// more than the arithmetic on it. Null: absent.
+void prepare_for_writing(void* array, std::size_t bytes);
+
 class Workspace {
  public:
   // The calling thread's workspace, with room for `bytes`; throws std::bad_alloc.

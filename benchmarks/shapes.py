@@ -95,6 +95,9 @@ QUICK_SIZES = ((1, 1, 128, 128), (50, 1, 128, 128), (100, 16, 256, 256), (35, 20
 # One step for one stream, as in real time: what a call costs, and what reading the weights costs.
 STEP_SIZES = ((1, 1, 128, 128), (1, 1, 512, 512))
 
+# Few steps of few streams, as a server batches them.
+SERVE_SIZES = tuple((T, B, H, H) for T in (1, 5) for B in (1, 2, 4, 8, 32) for H in (128, 512))
+
 # The wide suite: sizes nobody chose. The points of the Halton sequence, which fill a cube evenly,
 # with a prime for each of T, B, I and H, spread on logarithmic scales between these bounds; a size
 # whose LSTM forward pass takes more than WIDE_FLOPS is left out, so that the suite takes minutes.
@@ -134,6 +137,7 @@ SUITES: dict[str, tuple[Shape, ...]] = {
     "quick": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in QUICK_SIZES),
     "full": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in SIZES),
     "wide": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in wide_sizes()),
+    "serve": tuple(Shape(cell, *sizes) for cell in ("LSTM", "RNN") for sizes in SERVE_SIZES),
     "step": tuple(Shape(cell, *sizes) for cell in GATES for sizes in STEP_SIZES),
 }
 

@@ -373,4 +373,11 @@ def test_explain_says_so():
     (plan,) = rnnfast.explain(freeze(layer), x)
     assert plan.packed
     assert "frozen, and packed once for all calls" in str(plan)
+    in_place(layer)
+    (plan,) = rnnfast.explain(layer, x)
+    assert not plan.frozen
+    assert not plan.packed
+    freeze(layer)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    assert not rnnfast.explain(layer, x)[0].frozen
     thaw(layer)

@@ -100,6 +100,12 @@ std::uint64_t frozen_name(const void* w_ih, const void* w_hh, const void* w_hr) 
 }
 
 void bind_frozen(py::module_& module) {
+  module.def("is_frozen", [](const py::args& matrices) {
+    if (matrices.size() > most_matrices) throw std::invalid_argument("a layer has two matrices or three");
+    Addresses at{};
+    for (std::size_t n = 0; n < matrices.size(); ++n) at[n] = known(matrices[n]).array.data;
+    return frozen_name(at[0], at[1], at[2]) != 0;
+  });
   py::class_<Frozen>(module, "Frozen").def(py::init<const std::vector<std::vector<py::object>>&>());
 }
 

@@ -13,7 +13,7 @@ namespace rnnfast::python {
 // The name (cpu/frozen.h) of a layer's frozen weights; 0 if they are not, or no longer. w_hr may be null.
 std::uint64_t frozen_name(const void* w_ih, const void* w_hh, const void* w_hr);
 
-// Defines Frozen in the module.
+// Defines Frozen and is_frozen in the module.
 void bind_frozen(pybind11::module_& module);
 
 }  // namespace rnnfast::python

@@ -56,8 +56,17 @@ def thaw(module: Module) -> Module:
 
 
 def is_frozen(module: torch.nn.Module) -> bool:
-    """Whether the promise is given for `module` itself."""
-    return module in _held
+    """Whether the promise is given for `module` itself, and nothing has ended it for any layer."""
+    if module not in _held:
+        return False
+    try:
+        layers = _matrices(module)
+    except ValueError:  # a parametrization has come since
+        return False
+    return all(
+        all(weight.is_cpu for weight in matrices) and core.is_frozen(*matrices)
+        for matrices in layers
+    )
 
 
 def _matrices(module: torch.nn.Module) -> list[list[Tensor]]:

@@ -30,7 +30,7 @@ def wishes_huge_pages(tensor: torch.Tensor) -> bool:
 
 
 def test_others_do_not():
-    """Else the tests below would show nothing. Not malloc's: that may lie where weights were packed."""
+    """Else the tests below would show nothing. malloc's memory may have held packed weights."""
     memory = mmap.mmap(-1, LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     assert not wishes_huge_pages(torch.frombuffer(memory, dtype=torch.uint8))
 

@@ -355,6 +355,15 @@ def test_other_devices_are_left_alone():
     )
 
 
+def test_float16_is_converted_at_every_call(x):
+    layer = rnnfast.LSTM(I, H).half()
+    want = run(layer, x.half())
+    freeze(layer)
+    assert_identical(run(layer, x.half()), want)
+    assert state() == (0, 0)
+    thaw(layer)
+
+
 def test_tensors_of_inference_mode(x):
     """They have no version counter; the promise is all there is."""
     with torch.inference_mode():

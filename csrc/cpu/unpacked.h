@@ -3,12 +3,13 @@
 // Bound by reading the weights once. They offer what `Packed` offers.
 #pragma once
 
+#include "lane_sums.h"
 #include "panels.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
 // A matrix stored one row per column, as weights are going forward; what would be kept as pairs is rounded alike.
-// Vectors run along k, so each column is a sum of its lanes in the end: `width` columns together, by one transposition.
+// Vectors run along k, so each column is a sum of its lanes in the end, that of `width` columns together.
 template <class Element, class Weight = Element>
 struct UnpackedColumns {
   Columns<Element> columns;
@@ -81,12 +82,7 @@ struct UnpackedColumns {
       if (k < k_count) add(k, k_count - k);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      transpose_square<Real>(sum[r]);
-      sums[r] = sum[r][0];
-#pragma GCC unroll 16
-      for (int lane = 1; lane < V::width; ++lane) sums[r] = sums[r] + sum[r][lane];
-    }
+    for (int r = 0; r < rows; ++r) sums[r] = lane_sums<Real>(sum[r]);
   }
 };
 

@@ -31,19 +31,27 @@ struct UnpackedColumns {
         r += count;
       };
       while (rows - r >= most_rows) add_rows(std::integral_constant<int, most_rows>());
-      if (rows - r == 2 && most_rows > 2) add_rows(std::integral_constant<int, 2>());
+      if constexpr (most_rows > 2) {
+        if (rows - r == 3) add_rows(std::integral_constant<int, 3>());
+        if (rows - r == 2) add_rows(std::integral_constant<int, 2>());
+      }
       if (rows - r == 1) add_rows(std::integral_constant<int, 1>());
     }
   }
 
  private:
   // Rows that use a weight while it is in a register.
-  static constexpr int most_rows = vector_registers == 32 ? 3 : 2;
+  static constexpr int most_rows = vector_registers == 32 ? 4 : 2;
+
+  // So many rows compute long enough with each weight for a prefetch of the next columns to be worth its load; with
+  // fewer, the processor's own prefetching does better.
+  template <int rows>
+  static constexpr bool prefetches = rows >= 4;
 
   // Columns read at once. Rows of a power of two fall into the same sets of the L1 cache: with more of them
   // under way than a set has ways, lines would leave before they are used. Each has a sum for each row.
   template <int rows>
-  static constexpr int streams = std::min(vector_registers == 32 || rows == 1 ? 8 : 4, Vec<Real>::width);
+  static constexpr int streams = std::min(rows < most_rows ? 8 : 4, Vec<Real>::width);
 
   // sums[r] = a[r] . each column of vector v; lanes behind the last column repeat it.
   template <int rows>
@@ -72,6 +80,7 @@ struct UnpackedColumns {
         for (int i = 0; i < streams<rows>; ++i) {
           Vec<Element> weight = load_as_kept<Weight>(column[i] + k, terms);
           if (has_fma && rows > 1) keep_in_register(weight.v);
+          if (prefetches<rows>) __builtin_prefetch(column[i] + k + streams<rows> * k_count);
 #pragma GCC unroll 4
           for (int r = 0; r < rows; ++r) sum[r][lane + i] = multiply_add(factor[r], weight, sum[r][lane + i]);
         }

@@ -164,10 +164,11 @@ class StepSize:
         return self.batch * self.bptt
 
 
-# Layers and batch as `rnnfast train` has them by default, and the medium model of Zaremba et al.
-# 2014 as users know it from PyTorch's word_language_model.
+# Layers and batch as `rnnfast train` has them by default, and deeper; and the medium model of
+# Zaremba et al. 2014 as users know it from PyTorch's word_language_model.
 STEPS = (
     StepSize("character LSTM 1x256", "LSTM", 1, 256, 16, 64, vocabulary=100, optimizer="Adam"),
+    StepSize("character LSTM 3x512", "LSTM", 3, 512, 16, 64, vocabulary=100, optimizer="Adam"),
     StepSize("word LSTM 2x650", "LSTM", 2, 650, batch=20, bptt=35, vocabulary=10_000),
     StepSize("word RNN 2x650", "RNN", 2, 650, batch=20, bptt=35, vocabulary=10_000),
 )

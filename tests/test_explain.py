@@ -44,7 +44,7 @@ def test_the_plan_is_the_native_one(sizes, dtype, isa, threads):
         for ours, theirs in (("threads",) * 2, ("split",) * 2, ("packed", "pack"), ("chunk",) * 2):
             assert getattr(plan, ours) == native[theirs]
         assert plan.tile == (native["tile_rows"], 4 * native["vector_width"])
-        assert plan.packed == (T * B >= 5)
+        assert plan.packed == (T * B >= 9)
         assert plan.w_hh_bytes == layer.weight_hh_l0.nbytes
 
 

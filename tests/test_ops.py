@@ -42,10 +42,10 @@ EDGES = [
     (2, 3, 128, 16),  # float64: whole pieces of sums, whole vectors
     (2, 3, 129, 16),  # one term more
     (2, 3, 256, 16),  # the same in float32
-    (2, 3, 257, 16),
+    (3, 3, 257, 16),
     (3, 5, 2, 258),
-    (2, 4, 64, 64),
-    (2, 4, 65, 63),
+    (3, 4, 64, 64),
+    (3, 4, 65, 63),
     (3, 7, 4, 130),  # sums over H and 4H in pieces
     (2, 3, 530, 3),  # dW_ih in more than eight panels of columns, whatever their width
     (
@@ -55,13 +55,17 @@ EDGES = [
         20,
     ),  # gates leave lanes without work: the projection's columns are dense
     (2, 131, 129, 35),  # the same in two blocks of rows
-    (1, 6, 15, 33),  # one tile of rows, two panels of RNN units in AVX-512
+    (2, 6, 15, 33),  # one tile of rows, two panels of RNN units in AVX-512
     # Below, too few uses of a weight to pack it.
     (1, 1, 300, 1),
     (1, 4, 128, 128),  # whole panels
     (2, 2, 129, 65),  # a last panel that is not full
     (4, 1, 31, 130),
     (1, 3, 0, 17),
+    (1, 8, 40, 33),
+    (1, 7, 16, 20),
+    (2, 3, 33, 18),
+    (8, 1, 20, 35),
 ]
 
 

@@ -410,7 +410,7 @@ def test_what_is_kept_is_bounded():
     most = core.pool_state()["most_bytes"]
     units = 2048
     layers = 0
-    x, h0 = torch.zeros(5, 1, units), torch.zeros(1, units)
+    x, h0 = torch.zeros(9, 1, units), torch.zeros(1, units)
     weights = torch.zeros(most // (2 * units * units * 4) + 3, units, units)
     for w in weights:
         ops.rnn_layer(x, h0, w, w, None, None, "tanh", False, 0, 0)
@@ -426,7 +426,7 @@ def test_what_is_kept_is_bounded():
 def test_how_many_are_kept_is_bounded():
     most = core.pool_state()["most_packs"]
     weights = torch.randn(most + 20, 4, 4)
-    x, h0 = torch.randn(5, 1, 4), torch.zeros(1, 4)
+    x, h0 = torch.randn(9, 1, 4), torch.zeros(1, 4)
     for w in weights:
         ops.rnn_layer(x, h0, w, w, None, None, "tanh", False, 0, 0)
     assert core.pool_state()["packs"] == most

@@ -61,7 +61,7 @@ def test_what_every_plan_keeps_to(sizes):
         assert 0 <= chosen["own_share"] <= 1 / chosen["threads"]
         assert chosen == plan(T, B, I, H, threads, gates, first)
         assert 0 <= chosen["cycles"] < float("inf")
-        assert chosen["pack"] == (T * B >= 5)
+        assert chosen["pack"] == (T * B >= 9)
         assert 1 <= chosen["chunk"] <= T
 
 

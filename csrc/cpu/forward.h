@@ -10,7 +10,7 @@
 //
 // With few rows a step is bound by reading W_hh from cache, and halving its bytes helps: a float layer may
 // have it rounded to bfloat16. The sums are those of the same layer with such weights, to the last bit where H
-// is even.
+// is even and the weights of both are packed, or those of neither.
 #pragma once
 
 #include "../dispatch.h"
@@ -23,10 +23,13 @@
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
-template <class Element>
+// W_hh is kept as Weight; unpacked, one that is kept rounded is rounded at each use, and packing it pays sooner.
+template <class Element, class Weight = Element>
 Engine engine() {
-  return {Vec<Element>::width, sizeof(Element),   tile_rows,        row_block,
-          l1_cache_bytes(),    l2_cache_bytes(), terms_in<Element>};
+  Engine engine{Vec<Element>::width, sizeof(Element),   tile_rows,        row_block,
+                l1_cache_bytes(),    l2_cache_bytes(), terms_in<Element>};
+  if (!std::is_same_v<Element, Weight>) engine.packing_pays = 5;
+  return engine;
 }
 
 // Adds up the biases; absent ones are zero.
@@ -183,7 +186,7 @@ void run_forward(const LayerForward<Storage>& layer) {
   constexpr Index gates = CellLayer::gates;
   const LayerShape& shape = layer.shape;
   const Columns<Element> columns{shape.H, gates};
-  const Plan plan = plan_forward(shape, engine<Element>(), layer.frozen != 0);
+  const Plan plan = plan_forward(shape, engine<Element, Weight>(), layer.frozen != 0);
   const Columns<Element> ih_columns = plan.dense ? Columns<Element>{columns.count(), 1} : columns;
   const Columns<Element> hr_columns{shape.projection, 1};
   const Index ih_count = plan.pack ? Packed<Element>::size(ih_columns, shape.I) : 0;

@@ -109,7 +109,7 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
                (alone.products / count + between + alone.recurrence) / double(chunks) + double(chunks) * barrier_cycles);
     }
   }
-  best.pack = work.steps * work.rows >= packing_pays;
+  best.pack = work.steps * work.rows >= engine.packing_pays;
   if (best.split == Split::steps) {
     best.chunk = steps_of(best.threads * tiles_ahead * engine.tile_rows, 1);
     best.own_share = std::max(alone.total() / best.threads - alone.recurrence, 0.0) / alone.products;

@@ -30,6 +30,9 @@ struct Engine {
   Index row_block;  // rows that pass over the weights together
   Index l1_bytes, l2_bytes;  // of one core
   Index terms = 1;           // of a sum that are multiplied at a time, in a lane of `real_bytes`
+  // Fewer uses of a weight than this, going forward, do not pay for packing it, nor for seeing that it is the one that
+  // was packed before: single steps of a few rows, and a few steps of one.
+  Index packing_pays = 9;
 };
 
 // `rows` sequences of `steps` steps; a step multiplies a row of `terms` numbers by weights for `units`
@@ -43,9 +46,6 @@ struct Recurrence {
 
   Index rows_at(Index step) const { return offsets ? offsets[step + 1] - offsets[step] : rows; }
 };
-
-// Fewer uses of a weight than this, going forward, do not pay for packing it, which reads and writes it.
-constexpr Index packing_pays = 5;
 
 // By what threads share the work. By steps: of the products alone, and the first thread computes the recurrence.
 enum class Split { rows, units, steps };

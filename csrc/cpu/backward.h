@@ -139,33 +139,34 @@ void run_backward(const LayerBackward<Storage>& layer) {
   const Index gates_count = own_gates ? chunk * GH : 0;
   const Index buffer_count =
       std::max<Index>(GateRecompute<Storage>::buffer_count, GradientBlocks<Element>::count);
-  const auto bytes = [](Index count) { return Workspace::bytes_for<Real>(count); };
-  Workspace& workspace = Workspace::with_room(
-      Workspace::bytes_for<Element>(ih_count) + Workspace::bytes_for<Element>(hh_count) +
-      Workspace::bytes_for<Element>(hr_count) + Workspace::bytes_for<Storage>(GH) + bytes(starts * P) +
-      bytes(starts * H) + bytes(carry_count) + Workspace::bytes_for<Storage>(da_count) +
-      Workspace::bytes_for<Storage>(dh_count) + bytes(gates_count) + recompute.bytes() +
-      bytes(dw_ih_count) + bytes(dw_hh_count) + bytes(dw_hr_count) + bytes(db_count) + bytes(buffer_count * plan.threads) +
-      Workspace::bytes_for<const Storage*>(N));
-  Element* packed_ih = workspace.take<Element>(ih_count);
-  Element* packed_hh = workspace.take<Element>(hh_count);
-  Element* packed_hr = workspace.take<Element>(hr_count);
+  Element *packed_ih, *packed_hh, *packed_hr;
+  Real *dc_carry, *buffers;
   BackwardScratch<Storage> scratch{};
-  scratch.zeros = workspace.take<Storage>(GH);
-  scratch.dh_start = workspace.take<Real>(starts * P);
-  scratch.dc_start = workspace.take<Real>(starts * H);
-  Real* dc_carry = workspace.take<Real>(carry_count);
-  scratch.da = {whole ? layer.da : workspace.take<Storage>(da_count), ring, GH};
-  scratch.dh = {workspace.take<Storage>(dh_count), ring, P};
-  scratch.gates = {workspace.take<Real>(gates_count), chunk, GH};
-  scratch.previous = workspace.take<const Storage*>(N);
-  recompute.take(workspace);
+  Workspace& workspace = Workspace::with([&](auto&& take) {
+    take(packed_ih, ih_count);
+    take(packed_hh, hh_count);
+    take(packed_hr, hr_count);
+    take(scratch.zeros, GH);
+    take(scratch.dh_start, starts * P);
+    take(scratch.dc_start, starts * H);
+    take(dc_carry, carry_count);
+    take(scratch.da.rows, da_count);
+    take(scratch.dh.rows, dh_count);
+    take(scratch.gates.rows, gates_count);
+    take(scratch.previous, N);
+    recompute.lay_out(take);
+    take(scratch.dw_ih, dw_ih_count);
+    take(scratch.dw_hh, dw_hh_count);
+    take(scratch.dw_hr, dw_hr_count);
+    take(scratch.db, db_count);
+    take(buffers, buffer_count * plan.threads);
+  });
+  scratch.da = {whole ? layer.da : scratch.da.rows, ring, GH};
+  scratch.dh = {scratch.dh.rows, ring, P};
+  scratch.gates = {scratch.gates.rows, chunk, GH};
   if constexpr (rounds) {
     scratch.sums = {layer.da_sums, N, GH};
-    scratch.dw_ih = workspace.take<Real>(dw_ih_count);
-    scratch.dw_hh = workspace.take<Real>(dw_hh_count);
-    scratch.dw_hr = workspace.take<Real>(dw_hr_count);
-    scratch.db = layer.db ? workspace.take<Real>(db_count) : nullptr;
+    if (!layer.db) scratch.db = nullptr;
   } else {
     scratch.sums = scratch.da;
     if (!own_gates) scratch.gates = scratch.da;
@@ -174,7 +175,7 @@ void run_backward(const LayerBackward<Storage>& layer) {
     scratch.dw_hr = layer.dw_hr;
     scratch.db = layer.db;
   }
-  Real* buffers = workspace.take<Real>(buffer_count * plan.threads);
+  recompute.prepare();
   std::fill(scratch.zeros, scratch.zeros + GH, Storage{});
   find_previous(shape, layer.y, layer.h0, scratch.previous);
   const auto prepare = [](auto* array, Index count) {

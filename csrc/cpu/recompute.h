@@ -2,7 +2,7 @@
 //
 // Every h is known by then, so nothing is sequential: the rows of many steps go through both products at
 // once. Bound by the FMA units; a third more arithmetic in training, for 4H numbers a step and row that need
-// not be kept. Sums are taken as the forward pass takes them (forward.h), so the gates are the same bits.
+// not be kept. Sums are taken as the forward pass takes them (forward_part.h), so the gates are the same bits.
 #pragma once
 
 #include "forward.h"
@@ -27,15 +27,14 @@ class GateRecompute {
   // A thread's scratch, in numbers.
   static constexpr Index buffer_count = row_block * panel_width<Element>;
 
-  // What it takes of the workspace.
-  std::size_t bytes() const {
-    return Workspace::bytes_for<Element>(ih_count()) + Workspace::bytes_for<Element>(hh_count()) +
-           Workspace::bytes_for<Real>(bias_count());
+  // Its arrays in the workspace (Workspace::with).
+  template <class Take>
+  void lay_out(Take&& take) {
+    take(packed_ih_, ih_count());
+    take(packed_hh_, hh_count());
+    take(bias_, bias_count());
   }
-  void take(Workspace& workspace) {
-    packed_ih_ = workspace.take<Element>(ih_count());
-    packed_hh_ = workspace.take<Element>(hh_count());
-    bias_ = workspace.take<Real>(bias_count());
+  void prepare() {
     if (needed_) add_biases(bias_count(), layer_.b_ih, layer_.b_hh, bias_);
   }
 

@@ -47,7 +47,6 @@ void FreeMemory::operator()(std::byte* memory) const {
 
 Workspace& Workspace::with_room(std::size_t bytes) {
   static thread_local Workspace workspace;
-  workspace.used_ = 0;
   if (bytes > workspace.capacity_) {
     workspace.memory_.reset();
     workspace.capacity_ = 0;

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <type_traits>
 
 #include "../rnnfast.h"
 
@@ -30,15 +31,21 @@ void prepare_for_writing(void* array, std::size_t bytes);
 
 class Workspace {
  public:
-  // The calling thread's workspace, with room for `bytes`; throws std::bad_alloc.
-  static Workspace& with_room(std::size_t bytes);
-
-  // The next `count` elements, at a cache line boundary. The room must have been asked for.
-  template <class Element>
-  Element* take(Index count) {
-    auto* taken = reinterpret_cast<Element*>(memory_.get() + used_);
-    used_ += bytes_for<Element>(count);
-    return taken;
+  // The calling thread's workspace. lay_out(take) calls take(pointer, count) for every array, which lets the pointer
+  // point to `count` elements at a cache line boundary; it is called twice, first to add up the room. Throws
+  // std::bad_alloc.
+  template <class LayOut>
+  static Workspace& with(LayOut&& lay_out) {
+    std::size_t bytes = 0;
+    lay_out([&](auto*& array, Index count) { bytes += bytes_for<std::remove_reference_t<decltype(*array)>>(count); });
+    Workspace& workspace = with_room(bytes);
+    std::byte* free = workspace.memory_.get();
+    lay_out([&](auto*& array, Index count) {
+      using Element = std::remove_reference_t<decltype(*array)>;
+      array = reinterpret_cast<Element*>(free);
+      free += bytes_for<Element>(count);
+    });
+    return workspace;
   }
 
   template <class Element>
@@ -47,12 +54,14 @@ class Workspace {
     return (bytes + cache_line - 1) / cache_line * cache_line;
   }
 
-  // Ends a call: everything taken is void, and more than kept_bytes goes back to the system.
+  // Ends a call: every array is void, and more than kept_bytes goes back to the system.
   void release();
 
  private:
+  static Workspace& with_room(std::size_t bytes);
+
   Memory memory_;
-  std::size_t capacity_ = 0, used_ = 0;
+  std::size_t capacity_ = 0;
 };
 
 }  // namespace rnnfast::cpu

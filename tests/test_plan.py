@@ -31,6 +31,24 @@ def test_small_problems_stay_on_the_calling_thread(sizes, gates):
         assert plan(*sizes, threads, gates)["threads"] == 1
 
 
+@pytest.mark.parametrize("gates", [1, 4])
+def test_threads_join_once_their_share_outweighs_waking_them(gates):
+    """A single step: one thread up to some size, two from there on."""
+    chosen = [plan(1, 1, H, H, 2, gates)["threads"] for H in range(16, 1024, 16)]
+    assert chosen == sorted(chosen)
+    assert set(chosen) == {1, 2}
+    for H in range(16, 1024, 16):
+        alone, shared = (plan(1, 1, H, H, threads, gates) for threads in (1, 256))
+        assert shared["cycles"] <= alone["cycles"]
+
+
+@pytest.mark.parametrize("gates", [1, 4])
+def test_few_sums_wait_for_each_other(gates):
+    """One row by a panel in the L1 cache: half of its vectors would take a thread as long."""
+    sizes = (10**4, 1, 1, 64 // gates)
+    assert plan(*sizes, 2, gates)["threads"] == 1
+
+
 @pytest.mark.parametrize("threads", [2, 3, 8])
 @pytest.mark.parametrize("gates", [1, 4])
 def test_large_batches_are_shared_by_rows(gates, threads):
@@ -113,7 +131,7 @@ def test_dense_columns_are_for_gates_that_leave_lanes(number, isa):
         assert not plan_forward(4, 2, 2, I, H)["dense"]  # nothing is packed
     assert plan_forward(4, 40, 9, 1000, width + 1)["dense"]
     assert not plan_forward(4, 40, 9, 10**6, 1000 * width + 1)["dense"]  # rows of 4 H sums
-    for T, split in ((10, "units"), (500, "steps")):
+    for T, split in ((10, "units"), (5000, "steps")):
         H = 120 // width * width + 1
         assert plan_forward(4, T, 1, 1000, H)["dense"]
         shared = plan_forward(4, T, 1, 1000, H, threads=2)
@@ -130,7 +148,7 @@ def test_one_thread_computes_a_recurrence_that_is_too_little_to_share():
     # Little to project: the others would have nothing to do.
     assert plan(300, 1, 8, 50, 2, 1, products_first=True)["threads"] == 1
     # Hardly more than the recurrence: that is all the first thread has time for.
-    busy = plan(1000, 1, 128, 64, 2, 1, products_first=True)
+    busy = plan(1000, 1, 64, 64, 2, 1, products_first=True)
     assert (busy["split"], busy["own_share"]) == ("steps", 0)
     # Much of both: units.
     assert plan(100, 1, 512, 512, 2, 4, products_first=True)["split"] == "units"

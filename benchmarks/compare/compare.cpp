@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -25,7 +26,20 @@ using namespace rnnfast;
 
 namespace {
 
-using Array = std::vector<float>;
+// As torch aligns its arrays; otherwise threads that write neighbouring units would share cache lines.
+template <class Element>
+struct OnCacheLines {
+  using value_type = Element;
+  static constexpr std::align_val_t line{64};
+  OnCacheLines() = default;
+  template <class Other>
+  OnCacheLines(const OnCacheLines<Other>&) {}
+  Element* allocate(std::size_t count) { return static_cast<Element*>(::operator new(count * sizeof(Element), line)); }
+  void deallocate(Element* first, std::size_t) { ::operator delete(first, line); }
+  bool operator==(const OnCacheLines&) const { return true; }
+  bool operator!=(const OnCacheLines&) const { return false; }
+};
+using Array = std::vector<float, OnCacheLines<float>>;
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();

@@ -7,10 +7,23 @@
 namespace rnnfast::cpu {
 namespace {
 
-constexpr double barrier_cycles = 800;       // a hand-over between cores, there and back
-constexpr double region_cycles = 15000;      // waking the pool and joining it
-constexpr double cell_cycles_per_gate = 15;  // nonlinearities, for a vector of units
+// Fitted to the times of 170 small layers on one and two threads (docs/performance.md).
+constexpr double barrier_cycles = 1000;      // a hand-over between cores, there and back
+constexpr double cell_cycles_per_gate = 30;  // nonlinearities, for a vector of units
+constexpr double fma_bytes = 64;             // of sums, to which a cycle adds a term each
+constexpr double fma_latency = 4;
 constexpr double spread_cycles = 4;          // moving a vector of sums
+constexpr Index meetings_back = 4;           // packed, computed again, gone back, multiplied
+constexpr Index panel_vectors = 4;
+
+// Handing work to the pool's threads, who still wait for it, and joining them. Two threads take 5000 as a rule, several
+// times that while others use their cores; more than two were not measured.
+double region_cycles(int threads) { return std::min(4500.0 * threads, 30000.0); }
+
+// Bytes of weights that come in a cycle from the smallest cache that holds all of them.
+double bytes_per_cycle(double bytes, const Engine& engine) {
+  return bytes <= double(engine.l1_bytes) ? 96 : bytes <= double(engine.l2_bytes) ? 24 : 20;
+}
 
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
@@ -25,16 +38,24 @@ struct StepCycles {
 };
 
 StepCycles step_cycles(const Recurrence& work, const Engine& engine, Index rows, Index vectors) {
-  const double columns = double(vectors * work.gates);
-  // Fewer than two rows leave too few independent sums to cover the latency of an FMA.
-  const double multiply = double(work.terms) * columns * std::max(double(rows) / 2, 1.0);
-  const double weights =
-      double(work.terms) * columns * double(engine.vector_width * engine.real_bytes);
-  const double bytes_per_cycle =
-      weights <= double(engine.l1_bytes) ? 96 : weights <= double(engine.l2_bytes) ? 40 : 8;
-  const double cell = double(rows * vectors * work.gates) * cell_cycles_per_gate;
-  const double products = double(work.product_terms) * columns * double(rows) / 2;
-  return {std::max(multiply, weights / bytes_per_cycle) + cell, products};
+  const Index columns = vectors * work.gates;
+  const double vector_bytes = double(engine.vector_width * engine.real_bytes);
+  // A tile adds a term to each of its sums; where they are few, it waits for the ones before.
+  const auto tile = [&](Index width) { return std::max(double(rows * width) * vector_bytes / fma_bytes, fma_latency); };
+  const double term = double(columns / panel_vectors) * tile(panel_vectors) +
+                      (columns % panel_vectors > 0 ? tile(columns % panel_vectors) : 0);
+  const auto bytes = [&](Index terms) { return double(terms * columns) * vector_bytes; };
+  const auto read = [&](Index terms) { return bytes(terms) / bytes_per_cycle(bytes(terms), engine); };
+  // Reading hides behind the arithmetic, or that behind reading; from beyond the L2 cache by half.
+  const double sums = double(work.terms) * term, weights = read(work.terms);
+  const double hidden = std::min(sums, weights) * (bytes(work.terms) <= double(engine.l2_bytes) ? 1 : 0.5);
+  const double cells = double(rows * columns) * cell_cycles_per_gate;
+  // A block of rows, of several steps, reads the weights of the products once.
+  const Index steps_of_block =
+      std::clamp<Index>(engine.row_block / std::max<Index>(rows, 1), 1, std::max<Index>(work.steps, 1));
+  const double products = std::max(bytes(work.product_terms) / fma_bytes * double(rows),
+                                   read(work.product_terms) / double(steps_of_block));
+  return {sums + weights - hidden + cells, products};
 }
 
 // Whether vectors that are saved in the products outweigh those that are moved, and a block of rows of sums stays
@@ -89,10 +110,11 @@ Plan plan_recurrence(const Recurrence& work, const Engine& engine, int threads) 
   best.split = Split::rows;
   best.cycles = alone.total();
   const auto consider = [&](int count, Split split, double cycles) {
-    if (cycles + region_cycles >= best.cycles) return;
+    cycles += region_cycles(count) + double(work.meetings) * barrier_cycles;
+    if (cycles >= best.cycles) return;
     best.threads = count;
     best.split = split;
-    best.cycles = cycles + region_cycles;
+    best.cycles = cycles;
   };
   for (int count = 2; count <= threads; count = count == threads ? count + 1
                                                : std::min(2 * count, threads)) {
@@ -140,7 +162,7 @@ Plan plan_backward(const LayerShape& shape, Index k1, Index k2, bool want_dx, co
   const Index* offsets = windows == 1 ? shape.offsets : nullptr;  // windows of several blocks: the mean will do
   const Index rows = windows * shape.mean_rows();
   Plan plan = plan_recurrence({k2, rows, shape.H, 1, lanes(gates * shape.h_size() + shape.projection),
-                               lanes(product_terms), offsets, barriers_of(shape)},
+                               lanes(product_terms), offsets, barriers_of(shape), false, meetings_back},
                               engine, shape.threads);
   plan.pack = packing_pays_back(k2, rows, gates * shape.H * shape.h_size() * engine.real_bytes, engine);
   return plan;

@@ -43,6 +43,7 @@ struct Recurrence {
   const Index* offsets = nullptr;  // of packed sequences, as in LayerShape
   Index barriers = 1;              // of a step, where threads share units
   bool products_first = false;     // they need nothing of the recurrence
+  Index meetings = 0;              // barriers outside of steps
 
   Index rows_at(Index step) const { return offsets ? offsets[step + 1] - offsets[step] : rows; }
 };

@@ -14,7 +14,7 @@ constexpr double fma_bytes = 64;             // of sums, to which a cycle adds a
 constexpr double fma_latency = 4;
 constexpr double spread_cycles = 4;          // moving a vector of sums
 constexpr Index meetings_back = 4;           // packed, computed again, gone back, multiplied
-constexpr Index panel_vectors = 4;
+constexpr Index panel_vectors = 4;           // tile_vectors, the same for every instruction set
 
 // Handing work to the pool's threads, who still wait for it, and joining them. Two threads take 5000, but 25,000 while
 // the machine keeps their cores apart: work is shared from where both together are a gain. More were not measured.

@@ -60,9 +60,10 @@ void run_forward(const LayerForward<Storage>& layer) {
   std::byte* own;
   Real *bias, *chunk_sums, *dense_sums;
   Storage* m;
+  const Index bias_count = Index(Workspace::bytes_for<Real>(columns.count()) / sizeof(Real));  // of a thread
   Workspace& workspace = Workspace::with([&](auto&& take) {
     take(own, static_cast<Index>(own_bytes));
-    take(bias, columns.count());
+    take(bias, bias_count * plan.threads);
     take(chunk_sums, chunk_count);
     take(dense_sums, dense_count * plan.threads);
     take(m, m_count);
@@ -71,7 +72,6 @@ void run_forward(const LayerForward<Storage>& layer) {
   auto* packed_ih = reinterpret_cast<Element*>(packed);
   auto* packed_hh = reinterpret_cast<Weight*>(packed + element_bytes(ih_count));
   auto* packed_hr = reinterpret_cast<Element*>(packed + element_bytes(ih_count) + Workspace::bytes_for<Weight>(hh_count));
-  add_biases(columns.count(), layer.b_ih, layer.b_hh, bias);
   const auto prepare = [&](auto* array, Index columns) {
     prepare_for_writing(array, sizeof(*array) * std::size_t(shape.rows() * columns));
   };
@@ -80,9 +80,12 @@ void run_forward(const LayerForward<Storage>& layer) {
   prepare(layer.gates, 4 * shape.H);
   prepare(layer.m, shape.H);
 
-  auto body = [&](Team& team) {
+  run_team(plan.threads, [=, &pack](Team& team) {
+    const LayerShape& shape = layer.shape;
+    Real* own_bias = bias + team.rank * bias_count;
+    add_biases(columns.count(), layer.b_ih, layer.b_hh, own_bias);
     const auto part = [&](const auto& w_ih, const auto& w_hh, const auto& w_hr) {
-      ForwardPart(team, plan, layer, CellLayer{layer, bias, m}, w_ih, w_hh, w_hr, chunk_sums,
+      ForwardPart(team, plan, layer, CellLayer{layer, own_bias, m}, w_ih, w_hh, w_hr, chunk_sums,
                   dense_sums + team.rank * dense_count)
           .run();
     };
@@ -98,8 +101,7 @@ void run_forward(const LayerForward<Storage>& layer) {
     part(Packed<Element>{ih_columns, shape.I, packed_ih},
          Packed<Element, Weight>{columns, shape.h_size(), packed_hh},
          Packed<Element>{hr_columns, shape.H, packed_hr});
-  };
-  run_team(plan.threads, body);
+  });
   pack.settle();
   workspace.release();
 }

@@ -124,6 +124,7 @@ class ForwardPart {
       const Element* a[row_block];
       for (Index r = 0; r < own.size(); ++r)
         a[r] = as_elements((first + r < carried ? previous : layer_.h0) + (first + r) * P);
+      if (meets) request_rows(own.size(), a, elements_in<Element>(P));
       for_each_piece(w_hh_.columns, part_.unit_vectors, p % 2 == 1, [&](const Piece& piece) {
         Real* to[row_block];
         for (Index r = 0; r < own.size(); ++r) to[r] = chunk_sums_.row(piece, m + own.begin + r);

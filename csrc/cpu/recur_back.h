@@ -109,6 +109,7 @@ void recur_back(Team& team, const Part& part, bool shares_units, const LayerBack
         a[r] = as_elements(left_of(rows[r], at[r]));
         sums[r] = buffer + r * panel_width<Element>;
       }
+      if (shares_units && has_sums) request_rows(count, a, elements_in<Element>(right.k_count));
       for_each_piece(columns, vectors, s % 2 == 1, [&](const Piece& piece) {
         const auto for_each_cell = [&](auto&& visit) RNNFAST_LAMBDA {
           for (Index r = 0; r < count; ++r)

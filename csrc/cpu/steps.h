@@ -5,6 +5,7 @@
 #pragma once
 
 #include "panels.h"
+#include "workspace.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -31,6 +32,14 @@ RNNFAST_INLINE void for_each_block(Range groups, RangeOf&& range_of, Body&& body
     }
     body(size, rows);
   }
+}
+
+// Asks for rows that other threads have just written, all lines at once. Their products would come upon line after line,
+// and each takes its time from core to core.
+template <class Element>
+RNNFAST_INLINE void request_rows(Index count, const Element* const* rows, Index elements) {
+  for (Index r = 0; r < count; ++r)
+    for (Index k = 0; k < elements; k += Index(cache_line / sizeof(Element))) __builtin_prefetch(rows[r] + k);
 }
 
 // Those of `range` that are in `other`.

@@ -35,37 +35,49 @@ std::atomic<bool> forked{false};
 
 }  // namespace
 
-void Barrier::wait(int size) {
-  const unsigned generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
+Barrier& Barrier::with_room(int members) {
+  static thread_local Barrier barrier;
+  if (barrier.room_ < members) {
+    barrier.places_.reset(new Place[static_cast<std::size_t>(members)]);
+    barrier.room_ = members;
+    for (int rank = 0; rank < members; ++rank) barrier.places_[rank].count = barrier.passed;
   }
-  for (int spin = 0; generation_.load(std::memory_order_acquire) == generation; ++spin) {
-    if (spin < 4000)
-      relax();
-    else
-      std::this_thread::yield();
+  return barrier;
+}
+
+void Barrier::wait(int rank, int size, Count count) {
+  places_[rank].count.store(count, std::memory_order_release);
+  int spin = 0;
+  for (int other = 0; other < size; ++other) {
+    while (places_[other].count.load(std::memory_order_acquire) < count) {
+      if (++spin < 4000)
+        relax();
+      else
+        std::this_thread::yield();
+    }
   }
 }
 
 void run_team(int threads, Task task, void* context) {
-  Barrier barrier;
   if (threads <= 1 || forked.load(std::memory_order_relaxed)) {
-    Team alone(0, 1, barrier);
+    Team alone(0, 1, nullptr, 0);
     task(alone, context);
     return;
   }
   std::fenv_t callers_mode;
   std::fegetenv(&callers_mode);
-#pragma omp parallel num_threads(threads)
+  Barrier* barrier = &Barrier::with_room(threads);
+  Barrier::Count passed = barrier->passed;
+  // Private: handed over in one piece, rather than each where the caller keeps it, which other cores would ask for one
+  // after the other.
+#pragma omp parallel num_threads(threads) firstprivate(task, context, callers_mode, barrier, passed)
   {
     std::fenv_t own_mode;
     std::fegetenv(&own_mode);
     std::fesetenv(&callers_mode);
-    Team team(omp_get_thread_num(), omp_get_num_threads(), barrier);
+    Team team(omp_get_thread_num(), omp_get_num_threads(), barrier, passed);
     task(team, context);
+    if (team.rank == 0) barrier->passed = team.passed();
     std::fesetenv(&own_mode);
   }
 }

@@ -405,9 +405,9 @@ void test_arrays() {
   }
 }
 
-// Each thread reads what its neighbour wrote before the barrier, over and over.
+// Each thread reads what its neighbour wrote before the barrier, over and over; in teams that grow and shrink.
 void test_barrier() {
-  for (int threads : {2, 3, 5}) {
+  for (int threads : {3, 2, 5, 2, 4, 5, 6}) {
     constexpr int rounds = 500;
     std::vector<int> written(std::size_t(2 * threads), 0);
     std::vector<int> wrong(std::size_t(threads), 0);

@@ -13,12 +13,13 @@ constexpr double cell_cycles_per_gate = 30;  // nonlinearities, for a vector of 
 constexpr double fma_bytes = 64;             // of sums, to which a cycle adds a term each
 constexpr double fma_latency = 4;
 constexpr double spread_cycles = 4;          // moving a vector of sums
-constexpr Index meetings_back = 8;           // packed, computed again, gone back, multiplied
+constexpr Index meetings_back = 4;           // packed, computed again, gone back, multiplied
 constexpr Index panel_vectors = 4;           // tile_vectors, the same for every instruction set
 
 // Handing work to the pool's threads, who still wait for it, and joining them. Two take 5000 where their cores share an
-// L3 cache, and 13,000, lines for the work included, where they do not. More were not measured.
-double region_cycles(int threads) { return std::min(4500.0 * threads, 18000.0); }
+// L3 cache, and 13,000 and more where they do not, as lines of the work itself are on their way too: it is shared from
+// where both are a gain. More threads were not measured.
+double region_cycles(int threads) { return std::min(7500.0 * threads, 30000.0); }
 
 // Bytes of weights that come in a cycle from the smallest cache that holds all of them.
 double bytes_per_cycle(double bytes, const Engine& engine) {

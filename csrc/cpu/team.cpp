@@ -58,6 +58,10 @@ void Barrier::wait(int rank, int size, Count count) {
   }
 }
 
+void Team::barrier() {
+  if (size > 1) barrier_->wait(rank, size, ++passed_);
+}
+
 void run_team(int threads, Task task, void* context) {
   if (threads <= 1 || forked.load(std::memory_order_relaxed)) {
     Team alone(0, 1, nullptr, 0);

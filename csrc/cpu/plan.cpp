@@ -16,9 +16,9 @@ constexpr double spread_cycles = 4;          // moving a vector of sums
 constexpr Index meetings_back = 4;           // packed, computed again, gone back, multiplied
 constexpr Index panel_vectors = 4;           // tile_vectors, the same for every instruction set
 
-// Handing work to the pool's threads, who still wait for it, and joining them. Two take 5000 where their cores share an
-// L3 cache, and 13,000 and more where they do not, as lines of the work itself are on their way too: it is shared from
-// where both are a gain. More threads were not measured.
+// Handing work to the pool's threads, who still wait for it, and joining them. Two take 5000, or 13,000
+// and more while lines take long from core to core, those of the work itself too: it is shared from where both are a
+// gain. More threads were not measured.
 double region_cycles(int threads) { return std::min(7500.0 * threads, 30000.0); }
 
 // Bytes of weights that come in a cycle from the smallest cache that holds all of them.

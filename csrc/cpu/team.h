@@ -71,7 +71,7 @@ using Task = void (*)(Team& team, void* context);
 void run_team(int threads, Task task, void* context);
 
 // Everybody calls a copy: what the body holds then comes from the caller's cache at once, as one piece, where what it
-// refers to would come line by line, each when it is first asked for. Between cores far apart a line takes 250 ns.
+// refers to would come line by line, each when it is first asked for.
 template <class Body>
 void run_team(int threads, const Body& body) {
   const auto task = [](Team& team, void* context) {

@@ -19,7 +19,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ FORMATS = {
     "tf32": (torch.float32, torch.float32),
     "float64": (torch.float64, torch.float64),
 }
-METHODS = {"local": 3, "cluster": 2, "grid": 4, "resident": 4}  # how many of the fastest are timed
+# How many of the fastest of each are timed.
+METHODS = {"local": 3, "cluster": 2, "grid": 4, "resident": 4, "resident_cluster": 3}
 COUNTS = (
     *("items", "trips", "tiles", "input_bytes", "traffic_bytes", "streamed_bytes"),
-    *("partial_bytes", "cells", "pushes"),
+    *("partial_bytes", "cells", "pushes", "occupied", "handed_bytes", "memory"),
+    *("peers", "blocks", "backward", "rounded"),
 )
 Problem = tuple[str, str, str, int, int]  # format, cell, pass, H, B
 
@@ -212,33 +214,86 @@ def nonnegative(a: np.ndarray) -> np.ndarray:
     return x
 
 
+def counted(about: dict[str, Any]) -> np.ndarray:
+    """What a step's estimate is the sum of, before each count has its cost."""
+    return about["counts"]["turns"] * np.array([about["counts"][name] for name in COUNTS])
+
+
+class Choices:
+    """For each problem the plans that were timed, and which of them costs would choose."""
+
+    def __init__(self, timed: dict[Problem, list[tuple[dict[str, Any], float]]]) -> None:
+        self.problems = [
+            (
+                [engine_of(number, about["method"]) for about, _ in rows],
+                np.array([counted(about) for about, _ in rows]),
+                np.array([about["cycles"] for about, _ in rows]),
+                np.array([us for _, us in rows]),
+            )
+            for (number, *_), rows in timed.items()
+        ]
+
+    def loss(self, costs: dict[str, np.ndarray]) -> float:
+        """Mean ratio of the time of the plan with the least estimate to the least time."""
+        ratios = []
+        for engines, counts, cycles, us in self.problems:
+            estimates = [
+                count @ costs[engine] if engine in costs else own  # local's are made of no counts
+                for engine, count, own in zip(engines, counts, cycles, strict=True)
+            ]
+            ratios.append(us[np.argmin(estimates)] / us.min())
+        return statistics.fmean(ratios)
+
+    def refined(self, costs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Costs near these by which better plans are chosen, one cost after the other."""
+        costs, least = {engine: own.copy() for engine, own in costs.items()}, self.loss(costs)
+        for factor in (1.2, 0.8, 1.1, 0.9):
+            for own in costs.values():
+                for n in np.flatnonzero(own):
+                    before, own[n] = own[n], own[n] * factor
+                    loss = self.loss(costs)
+                    if loss < least:
+                        least = loss
+                    else:
+                        own[n] = before
+        return costs
+
+
 def fit(path: Path, clock_mhz: float = 1980) -> None:
     """Print costs in cycles for each engine; and how good a choice they are."""
     _, timed = read(path)
     engines: dict[str, list[tuple[dict[str, Any], float]]] = {}
     for (number, *_), rows in timed.items():
         for about, us in rows:
-            if about["method"] == "cluster" and about["groups"] >= 8:
-                continue  # there may be too few places for so many clusters
             engines.setdefault(engine_of(number, about["method"]), []).append((about, us))
-    for engine, rows in engines.items():
-        if engine == "local":  # whose costs are not made of counts
-            ratios = [about["cycles"] / (us * clock_mhz) for about, us in rows]
-            print("local", end="")
-        else:
-            a = [[about["counts"][n] / (us * clock_mhz) for n in COUNTS] for about, us in rows]
-            costs = nonnegative(np.array(a))
-            ratios = np.array(a) @ costs
-            print(engine, dict(zip(COUNTS, (float(f"{cost:.3g}") for cost in costs), strict=True)))
-        off = sorted(abs(math.log(max(ratio, 1e-9))) for ratio in ratios)
-        median, most = off[len(off) // 2], off[len(off) * 9 // 10]
-        print(f"  {len(rows)} plans; off by {median:.0%} (median), {most:.0%} (nine in ten)")
+    local = engines.pop("local")
+    relative = {
+        engine: np.array([counted(about) / (us * clock_mhz) for about, us in rows])
+        for engine, rows in engines.items()
+    }
+    costs = {engine: nonnegative(a) for engine, a in relative.items()}
+    for own in costs.values():
+        own[own < 1e-7] = 0
+    costs = Choices(timed).refined(costs)
+    for engine, a in relative.items():
+        rounded = (float(f"{cost:.3g}") for cost in costs[engine])
+        print(engine, dict(zip(COUNTS, rounded, strict=True)))
+        print_spread(a @ costs[engine])
+    print("local, by the planner's own formula")
+    print_spread([about["cycles"] / (us * clock_mhz) for about, us in local])
     print("chosen by the planner, over the best that was timed:", *regrets(timed))
+
+
+def print_spread(ratios: Iterable[float]) -> None:
+    """How far estimates are from times."""
+    off = sorted(abs(math.log(max(ratio, 1e-9))) for ratio in ratios)
+    median, most = off[len(off) // 2], off[len(off) * 9 // 10]
+    print(f"  {len(off)} plans; off by {median:.0%} (median), {most:.0%} (nine in ten)")
 
 
 def engine_of(number: str, method: str) -> str:
     """Whose costs a plan has."""
-    if method in ("local", "resident"):
+    if method in ("local", "resident", "resident_cluster"):
         return method
     return {"float32": "FMA", "float64": "float64"}.get(number, "tensor cores")
 

@@ -41,7 +41,7 @@ target_compile_features(_cuda PRIVATE cxx_std_17)
 target_compile_options(_cuda PRIVATE -O2 -fvisibility=hidden -Wall -Wextra)
 string(REPLACE ";" " " architectures "${RNNFAST_CUDA_ARCHITECTURES}")
 target_compile_definitions(_cuda PRIVATE RNNFAST_ARCHITECTURES="${architectures}")
-target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
+target_link_libraries(_cuda PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})
 
 # One object for each number format, so that they compile side by side.
 function(rnnfast_add_kernels name source)

@@ -9,6 +9,7 @@ if(RNNFAST_EMULATOR)
     csrc/emu/simt.cpp
     csrc/cuda/plan.cpp)
   target_compile_features(_emulated PRIVATE cxx_std_17)
+  target_link_libraries(_emulated PRIVATE ${CMAKE_DL_LIBS})
   # Jumps between stacks are what it does, so the checked longjmp must not be used.
   target_compile_options(_emulated PRIVATE -O2 -U_FORTIFY_SOURCE -ffp-contract=off -fvisibility=hidden
                          -Wall -Wextra -Wno-maybe-uninitialized)

@@ -121,7 +121,7 @@ FOREIGN = {
         *("bindings.cpp", "cuda/bindings.h", "python/frozen.cpp", "python/layer.cpp"),
     },
     "pybind11/gil_safe_call_once.h": {"python/tensor.cpp"},
-    "dlfcn.h": {"bindings.cpp"},
+    "dlfcn.h": {"bindings.cpp", "cuda/blas.h"},
     "omp.h": {"bindings.cpp", "cpu/team.cpp"},
     "pthread.h": {"cpu/team.cpp"},
     "unistd.h": {"cpu/plan.cpp"},

@@ -19,12 +19,12 @@ from pairwise import pairwise
 from rnnfast import cuda_ops
 from tolerance import assert_close
 
-OURS = ["local", "cluster", "grid", "resident", "steps"]
+RESIDENT = ["resident", "resident_cluster"]  # only on tensor cores
+OURS = ["local", "cluster", "grid", *RESIDENT, "steps"]
 METHODS = [*OURS, "gemm"]  # whose products are torch's
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALF = [torch.float16, torch.bfloat16]
-# Only tensor cores have resident kernels.
-TURNS = [(method, d) for method in OURS for d in (HALF if method == "resident" else DTYPES)]
+TURNS = [(method, d) for method in OURS for d in (HALF if method in RESIDENT else DTYPES)]
 LARGE = {"multiprocessors": 24}
 SMALL = {"multiprocessors": 8, "shared_bytes": 131072}  # several groups, weights streamed from L2
 
@@ -42,23 +42,26 @@ def check(case, dtype, method="", seed=1, **properties):
         assert_results(case, run(case, dtype, method), by_reference(case, dtype))
 
 
-# Overlapping windows are for two methods.
-CUTS = {
-    ("cluster", "steps"): [None, (1, 1), (2, 2), (2, 3), (3, 11)],
-    ("local", "grid", "resident"): [None, (1, 1), (2, 2)],
-}
+# Methods, their dtypes, sizes and cuts: overlapping windows are for two, and one exchanges vectors
+# of whole 16 bytes.
+ANY, APART = [9, 17, 40, 65], [None, (1, 1), (2, 2)]
+KINDS = [
+    (["cluster", "steps"], DTYPES, ANY, [*APART, (2, 3), (3, 11)]),
+    (["local", "grid", "resident"], DTYPES, ANY, APART),
+    (["resident_cluster"], HALF, [8, 24, 40, 72], APART),
+]
 PAIRWISE = [
     (choice.pop("dtype"), choice.pop("method"), choice.pop("properties"), Case(**choice))
-    for methods, cuts in CUTS.items()
+    for methods, dtypes, sizes, cuts in KINDS
     for choice in pairwise(
-        dtype=DTYPES,
+        dtype=dtypes,
         method=methods,
         properties=[LARGE, SMALL],
         cell=["lstm", "tanh", "relu"],
         T=[1, 2, 3, 20],
         B=[1, 2, 9, 35],
         I=[0, 1, 5],
-        H=[9, 17, 40, 65],
+        H=sizes,
         reverse=[False, True],
         biases=["both", "none", "input"],
         layout=list(LAYOUTS),
@@ -139,7 +142,7 @@ def test_more_groups_of_inputs_than_are_under_way(dtype):
 # columns that there are kernels for.
 LOCAL = {
     "float32": {("lstm", 63): {1, 4}, ("tanh", 3): {1, 4}, ("tanh", 65): {1, 4}},
-    "float64": {("lstm", 3): {1, 4}, ("tanh", 63): {1, 4}},
+    "float64": {("lstm", 3): {1, 4}, ("tanh", 63): {1, 4}, ("tanh", 65): {1, 4}},
     "tf32": {("lstm", 63): {1, 4, 8}, ("tanh", 3): {1, 4, 8}, ("tanh", 65): {1, 4, 8}},
     "float16": {("lstm", 3): {1, 8}, ("lstm", 65): {8}, ("tanh", 63): {1, 8}},
     "bfloat16": {("lstm", 63): {1, 8}, ("tanh", 65): {1, 8}, ("tanh", 129): {8}},
@@ -156,10 +159,14 @@ def test_every_local_kernel(cell, H, number, columns):
     met = set()
     for B, k in itertools.product((3, 9), (None, (2, 2))):
         met |= check_every_plan(Case(cell, 3, B, 2, H, truncate=k), number, "local")
-    assert met == {(which, 0, n) for which in ("forward", "backward") for n in columns}
+    passes = ("forward",) if (cell, H) == ("lstm", 65) else ("forward", "backward")
+    assert met == {(which, 0, n) for which in passes for n in columns}
 
 
-@pytest.mark.parametrize("number", ["tf32", "float16", "bfloat16"])
+TENSOR_CORES = ["tf32", "float16", "bfloat16"]
+
+
+@pytest.mark.parametrize("number", TENSOR_CORES)
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])
 def test_every_resident_kernel(cell, number):
     met = set()
@@ -168,6 +175,20 @@ def test_every_resident_kernel(cell, number):
     of_one = {(1, 8), (1, 16), (2, 16)}  # tiles of rows, columns
     of_four = {(4, 8), (4, 16), (2, 8), (2, 16)}
     shapes = {"forward": of_four if cell == "lstm" else of_one, "backward": of_one}
+    assert met == {(which, *shape) for which, some in shapes.items() for shape in some}
+
+
+# Units that no block is full of, terms for many steps of a warp; up to 13 blocks.
+@pytest.mark.parametrize(("cell", "H"), [("lstm", 40), ("lstm", 104), ("tanh", 72)])
+@pytest.mark.parametrize("number", TENSOR_CORES)
+def test_every_resident_kernel_of_a_cluster(cell, H, number):
+    met = set()
+    for B, k in itertools.product((5, 9), (None, (2, 2))):
+        case = Case(cell, 3, B, 2, H, truncate=k)
+        met |= check_every_plan(case, number, "resident_cluster")
+    of_tanh = {(2, 8), (4, 8)}  # tiles of rows, columns
+    of_lstm = {"forward": {(4, 8), (8, 8)}, "backward": {(2, 8)}}
+    shapes = of_lstm if cell == "lstm" else {"forward": of_tanh, "backward": of_tanh}
     assert met == {(which, *shape) for which, some in shapes.items() for shape in some}
 
 
@@ -214,7 +235,7 @@ def check_every_plan(case, number, method):
 @pytest.mark.parametrize(("method", "dtype"), TURNS, ids=str)
 def test_results_do_not_depend_on_the_order_of_threads(method, dtype):
     overlapping = method in ("cluster", "steps")  # the others are not for that
-    case = Case("lstm", 4, 5, 2, 20, truncate=(2, 3) if overlapping else (2, 2))
+    case = Case("lstm", 4, 5, 2, 24, truncate=(2, 3) if overlapping else (2, 2))
     results = []
     for seed in (1, 2, 3):
         with emulating(seed, **SMALL):
@@ -236,7 +257,7 @@ def test_16_bits_without_tensor_cores(cell, method, dtype):
 def test_tf32_where_torch_allows_it(cell, method):
     case = Case(cell, 4, 9, 3, 40)
     with emulating(**SMALL):
-        exact = run(case, torch.float32, "grid" if method == "resident" else method)
+        exact = run(case, torch.float32, "grid" if method in RESIDENT else method)
         torch.backends.cuda.matmul.allow_tf32 = True
         try:
             rounded = run(case, torch.float32, method)
@@ -273,8 +294,12 @@ def test_weights_that_are_not_finite_reach_what_they_touch(case):
     assert dh0[:, 1:].isfinite().all()
 
 
-@pytest.mark.parametrize(("method", "dtype"), TURNS, ids=str)
-@pytest.mark.parametrize("H", [24, 25])  # rows of whole 16 bytes, and others
+@pytest.mark.parametrize(
+    ("H", "method", "dtype"),  # rows of whole 16 bytes, and others
+    [(24, *turn) for turn in TURNS]
+    + [(25, *turn) for turn in TURNS if turn[0] != "resident_cluster"],
+    ids=str,
+)
 def test_a_nan_of_all_bits_is_a_number_that_has_arrived(H, method, dtype):
     """It stands for those that have not, and x, h0 and weights may bring it."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
@@ -337,7 +362,7 @@ def test_a_launch_that_does_not_fit_is_an_error_that_names_it():
 def test_two_directions_in_one_launch(backward, method):
     """Each has its own weights, states and outputs; results are those of one at a time."""
     T, B, H = 5, 9, 20
-    number = "tf32" if method == "resident" else "float64"
+    number = "tf32" if method in RESIDENT else "float64"
     dtype = torch.float32 if number == "tf32" else torch.float64
     stored = str(dtype).removeprefix("torch.")
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from emulated import DEVICE, device, native
 
 ROOT = Path(__file__).parents[1]
 
-METHODS = ("local", "cluster", "grid", "resident", "steps", "gemm")
+METHODS = ("local", "cluster", "grid", "resident", "resident_cluster", "steps", "gemm")
 FORMATS = ("float32", "tf32", "float64", "float16", "bfloat16")
 SIZES = list(itertools.product((1, 100), (1, 3, 16, 300), (1, 17, 64, 128, 700, 1024, 4096)))
 

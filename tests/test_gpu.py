@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _native.cuda is None, reason="needs a GPU and CUDA kernels"
 )
 
-METHODS = ["local", "cluster", "grid", "resident", "steps", "gemm"]
+METHODS = ["local", "cluster", "grid", "resident", "resident_cluster", "steps", "gemm"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CASES = [
     Case("lstm", 5, 3, 4, 40),

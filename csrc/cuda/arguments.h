@@ -23,6 +23,7 @@ struct Arguments {
   bool may_be_early;   // who reads a vector has to wait until it is there
   bool paired;         // the rows of weights are in resident.h's order
   bool apart;          // the exchange is no output, which is written besides
+  bool from_memory;    // what cells read is too much for L2 to have it still
 };
 
 template <class Step>

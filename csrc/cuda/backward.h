@@ -16,6 +16,7 @@ struct Backward {
   using Real = Real_;
   using State = StateOf<Real>;
   using Layer = RecurrenceBackward<Real, State>;
+  static constexpr Pass pass = Pass::backward;
   static constexpr int gates = gates_;
   static constexpr int sums = 1;
   static constexpr bool has_state = gates == 4;
@@ -59,6 +60,17 @@ struct Backward {
     return (layer.reverse ? int(shape.T) - 1 - step : step) * int(shape.B) + column.b;
   }
 
+  // As forward: from a step to the one before it.
+  RNNFAST_DEVICE Index rows_on() const { return layer.reverse ? shape.B : -shape.B; }
+  RNNFAST_DEVICE CellPlace place(int p, const Column& column, int unit) const {
+    const Index row = this->row(p, column);
+    return {row * shape.H + unit, row * (gates * shape.H) + unit};
+  }
+  RNNFAST_DEVICE CellPlace places_on(int steps) const {
+    const Index units = steps * rows_on() * shape.H;
+    return {computed_once(units), computed_once(gates * units)};
+  }
+
   // The step after this one, if it lies in the window, sends its da.
   RNNFAST_DEVICE bool arrives(int p, const Column& column) const { return p > 0 && is_inside(p - 1, column); }
   RNNFAST_DEVICE bool is_initial(int) const { return false; }
@@ -83,34 +95,57 @@ struct Backward {
   RNNFAST_DEVICE bool ends(int p, const Column& column) const { return step(p, column) == -1; }
   RNNFAST_DEVICE bool counts(int p, const Column& column) const { return step(p, column) >= column.begin; }
 
+  // Windows that do not overlap all begin with p = 0, but for one that may be shorter and begins later, and end together.
+  static constexpr bool always_steady = false;
+  RNNFAST_DEVICE int steady_begin() const {
+    const Truncation windows{shape.T, shape.k1, shape.k2, layer.reverse};
+    return overlapping() ? int(shape.k2) : int(windows.blocks() * shape.k1 - shape.T) + 1;
+  }
+  RNNFAST_DEVICE bool is_steady(int p, int begin) const { return p >= begin && p + 1 < int(shape.k2); }
+
   // As they lie in memory: to convert a number is to wait for it.
   struct Inputs {
-    Real dy;
-    State dc;  // of every step's cell state
+    Real dy, dh_n;
+    State dc, dc_n;  // of every step's cell state, and of the last one's
     Real gate[gates];
     State c_prev, c;
     Real y;
   };
 
-  RNNFAST_DEVICE Inputs load(int p, const Column& column, int unit) const {
+  template <bool steady>
+  RNNFAST_DEVICE Inputs load(int p, const Column& column, int unit, const CellPlace& place) const {
     Inputs in{};
-    if (!is_inside(p, column)) return in;
-    const int H = int(shape.H), row = this->row(p, column);
-    const Index here = Index(row) * H + unit;
-    const bool counts = this->counts(p, column);
-    if (counts && layer.dy) in.dy = layer.dy[here];
+    if (!steady && !is_inside(p, column)) return in;
+    const bool counts = steady || this->counts(p, column), final = !steady && step(p, column) == int(shape.T) - 1;
+    const Index of_state = Index(column.b) * shape.H + unit;
+    if (counts && layer.dy) in.dy = layer.dy[place.unit];
+    if (final && layer.dh_n) in.dh_n = layer.dh_n[of_state];
     if constexpr (gates == 4) {
-      if (counts && layer.dc) in.dc = layer.dc[here];
-      const Index before = Index(layer.reverse ? shape.B : -shape.B) * H;
-      in.c_prev = step(p, column) == 0 ? layer.c0[Index(column.b) * H + unit] : layer.c[here + before];
-      in.c = layer.c[here];
-      const Real* from = layer.gates + Index(row) * (4 * H) + unit;
+      if (counts && layer.dc) in.dc = layer.dc[place.unit];
+      if (final && layer.dc_n) in.dc_n = layer.dc_n[of_state];
+      const State* before = layer.c + (place.unit + rows_on() * shape.H);
+      if (!steady && step(p, column) == 0) before = layer.c0 + of_state;
+      in.c_prev = *before;
+      in.c = layer.c[place.unit];
+      const Real* from = layer.gates + place.gates;
       RNNFAST_UNROLL
-      for (int gate = 0; gate < 4; ++gate, from += H) in.gate[gate] = *from;
+      for (int gate = 0; gate < 4; ++gate, from += int(shape.H)) in.gate[gate] = *from;
     } else {
-      in.y = layer.y[here];
+      in.y = layer.y[place.unit];
     }
     return in;
+  }
+
+  RNNFAST_DEVICE void request(const CellPlace& place) const {
+    if (layer.dy) prefetch(layer.dy + place.unit);
+    if constexpr (gates == 4) {
+      prefetch(layer.c + place.unit);
+      const Real* from = layer.gates + place.gates;
+      RNNFAST_UNROLL
+      for (int gate = 0; gate < 4; ++gate, from += int(shape.H)) prefetch(from);
+    } else {
+      prefetch(layer.y + place.unit);
+    }
   }
 
   struct Outputs {
@@ -118,22 +153,20 @@ struct Backward {
     State end;  // what arrives at the initial state
   };
 
-  RNNFAST_DEVICE Outputs compute(int p, const Column& column, int unit, const Inputs& in, const State (&sums)[1],
+  template <bool steady>
+  RNNFAST_DEVICE Outputs compute(int p, const Column& column, const Inputs& in, const State (&sums)[1],
                                  State& dc_after) const {
     using V = Number<State>;
     Outputs out{};
     out.end = sums[0];
-    if (!is_inside(p, column)) return out;
-    const bool starts = this->starts(p, column), final = step(p, column) == int(shape.T) - 1;
-    const Index at = Index(column.b) * shape.H + unit;
-    State outer = widen(in.dy);
-    if (final && layer.dh_n) outer += widen(layer.dh_n[at]);
+    if (!steady && !is_inside(p, column)) return out;
+    const bool starts = !steady && this->starts(p, column);
+    const State outer = steady ? widen(in.dy) : widen(in.dy) + widen(in.dh_n);
     const V dh(starts ? outer : outer + sums[0]);
     if constexpr (gates == 4) {
       const LstmGates<V> gate{V(widen(in.gate[0])), V(widen(in.gate[1])), V(widen(in.gate[2])),
                               V(widen(in.gate[3]))};
-      State outer_dc = in.dc;
-      if (final && layer.dc_n) outer_dc += layer.dc_n[at];
+      const State outer_dc = steady ? in.dc : in.dc + in.dc_n;
       V dc(starts ? outer_dc : dc_after + outer_dc);
       LstmGates<V> gradient{V(0), V(0), V(0), V(0)};
       lstm_backward(gate, V(in.c_prev), V(in.c), dh, dc, gradient);
@@ -148,6 +181,7 @@ struct Backward {
     return out;
   }
 
+  static constexpr int sent = gates;  // numbers of a cell, H apart in the vector
   RNNFAST_DEVICE bool sends(int p, const Column& column) const { return is_inside(p, column); }
   template <class Put>
   RNNFAST_DEVICE void for_each_sent(int unit, const Outputs& out, Put&& put) const {
@@ -155,18 +189,20 @@ struct Backward {
     for (int gate = 0; gate < gates; ++gate) put(gate * int(shape.H) + unit, narrow<Real>(out.da[gate]));
   }
 
-  RNNFAST_DEVICE void store(int p, const Column& column, int index, int unit, const Outputs& out, State,
-                            bool keeps) const {
-    const int H = int(shape.H);
-    if (ends(p, column)) carry.starts[Index(index) * H + unit] = out.end;
-    if (!keeps || !is_inside(p, column)) return;
-    Real* kept = layer.da + Index(row(p, column)) * (gates * H) + unit;
-    const bool adds = overlapping() && !counts(p, column);
+  template <bool steady>
+  RNNFAST_DEVICE void store(int p, const Column& column, int index, int unit, const CellPlace& place,
+                            const Outputs& out, State, bool keeps) const {
+    if (!steady && ends(p, column)) carry.starts[Index(index) * shape.H + unit] = out.end;
+    if (!keeps || (!steady && !is_inside(p, column))) return;
+    Real* kept = layer.da + place.gates;
+    const bool adds = !steady && overlapping() && !counts(p, column);
     // A step's own block comes first, then the later ones whose windows reach back to it.
     RNNFAST_UNROLL
-    for (int gate = 0; gate < gates; ++gate, kept += H)
+    for (int gate = 0; gate < gates; ++gate, kept += int(shape.H))
       *kept = narrow<Real>(adds ? widen(*kept) + out.da[gate] : out.da[gate]);
   }
+
+  RNNFAST_DEVICE void finish(const Column&, int, const Outputs&) const {}
 };
 
 }  // namespace rnnfast::cuda

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "blas.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -28,11 +29,11 @@ inline Format format_of(const std::string& wanted) {
 }
 
 inline Method method_of(const std::string& wanted) {
-  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::resident, Method::steps,
-                              Method::gemm})
+  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::resident, Method::resident_cluster,
+                              Method::steps, Method::gemm})
     if (wanted == name(method)) return method;
   throw std::invalid_argument("the method is '" + wanted + "', but should be local, cluster, grid, resident, "
-                              "steps or gemm");
+                              "resident_cluster, steps or gemm");
 }
 
 inline Cell cell_of(const std::string& name) {
@@ -91,7 +92,9 @@ inline py::dict as_dict(const Plan& plan) {
                             "input_bytes"_a = counts.input_bytes, "traffic_bytes"_a = counts.traffic_bytes,
                             "streamed_bytes"_a = counts.streamed_bytes,
                             "partial_bytes"_a = counts.partial_bytes, "cells"_a = counts.cells,
-                            "pushes"_a = counts.pushes),
+                            "pushes"_a = counts.pushes, "occupied"_a = counts.occupied,
+                            "handed_bytes"_a = counts.handed_bytes, "memory"_a = counts.memory,
+                            "peers"_a = counts.peers, "blocks"_a = counts.blocks, "backward"_a = counts.backward, "rounded"_a = counts.rounded, "turns"_a = counts.turns),
       "cycles"_a = plan.cycles, "reason"_a = plan.reason);
 }
 
@@ -190,6 +193,27 @@ Cells backward_cells(const Plan& plan, bool reverse, const Arrays& arrays, Addre
                                               at<StateOf<Real>>(sums), device, at<void>(stream))};
 }
 
+// All steps of a recurrence by the method gemm, `sums` in between; `handle` is torch's cuBLAS handle for the stream.
+template <class Real>
+void forward_by_products(const Plan& plan, bool reverse, const Arrays& arrays, Address sums, int device, Address stream,
+                         Address handle) {
+  expect_cells(plan, Pass::forward, sizeof(Real), arrays, 9);
+  const auto layer = forward_of<Real>(plan, reverse, arrays);
+  StateOf<Real>* const to = at<StateOf<Real>>(sums);
+  run_by_products(plan, reverse, layer.w_hh, layer.y, layer.h0, to, at<void>(handle),
+                  Kernels<Real>::forward_cells(plan, layer, to, device, at<void>(stream)));
+}
+
+template <class Real>
+void backward_by_products(const Plan& plan, bool reverse, const Arrays& arrays, Address sums, int device,
+                          Address stream, Address handle) {
+  expect_cells(plan, Pass::backward, sizeof(Real), arrays, 12);
+  const auto layer = backward_of<Real>(plan, reverse, arrays);
+  StateOf<Real>* const to = at<StateOf<Real>>(sums);
+  run_by_products<Real>(plan, reverse, layer.w_hh, layer.da, nullptr, to, at<void>(handle),
+                        Kernels<Real>::backward_cells(plan, layer, to, device, at<void>(stream)));
+}
+
 template <class Real>
 void bind_format(py::module_& module, const std::string& name) {
   const auto released = py::call_guard<py::gil_scoped_release>();
@@ -197,6 +221,8 @@ void bind_format(py::module_& module, const std::string& name) {
   module.def(("backward_" + name).c_str(), &backward<Real>, released);
   module.def(("forward_cells_" + name).c_str(), &forward_cells<Real>);
   module.def(("backward_cells_" + name).c_str(), &backward_cells<Real>);
+  module.def(("forward_by_products_" + name).c_str(), &forward_by_products<Real>, released);
+  module.def(("backward_by_products_" + name).c_str(), &backward_by_products<Real>, released);
 }
 
 inline void bind(py::module_& module) {
@@ -224,6 +250,7 @@ inline void bind(py::module_& module) {
   module.def("plans", &plans, "device"_a, "backward"_a, "cell"_a, "format"_a, "T"_a, "B"_a, "H"_a, "k1"_a,
              "k2"_a, "directions"_a, "method"_a);
   module.def("device_properties", &device_properties);
+  module.def("has_products", [] { return loaded_gemm() != nullptr; });
   bind_format<float>(module, "float32");
   bind_format<double>(module, "float64");
   bind_format<Float16>(module, "float16");

@@ -24,13 +24,15 @@ cells(RNNFAST_ARGUMENT CellsArguments<Step> args) {
   if (at >= args.shape.B * H) return;
   const int b = int(at / H), unit = int(at % H);
   const typename Step::Column column = step.column(b);
-  const typename Step::Inputs inputs = step.load(args.p, column, unit);
+  const CellPlace place = step.place(args.p, column, unit);
+  const typename Step::Inputs inputs = step.template load<false>(args.p, column, unit, place);
   State sums[Step::sums];
   RNNFAST_UNROLL
   for (int sum = 0; sum < Step::sums; ++sum) sums[sum] = args.sums[(Index(b) * Step::sums + sum) * H + unit];
   State state = Step::has_state ? step.state_before(args.p, b, unit) : State(0);
-  const typename Step::Outputs outputs = step.compute(args.p, column, unit, inputs, sums, state);
-  step.store(args.p, column, b, unit, outputs, state, true);
+  const typename Step::Outputs outputs = step.template compute<false>(args.p, column, inputs, sums, state);
+  step.template store<false>(args.p, column, b, unit, place, outputs, state, true);
+  step.finish(column, unit, outputs);  // the last step's stays
   if (Step::has_state) step.keep_state(b, unit, state);
 }
 

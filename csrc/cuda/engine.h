@@ -145,11 +145,14 @@ struct Mma {
   static constexpr int inputs_ahead = 8;  // tiles whose inputs are loaded together
   static constexpr bool is_built = has_tensor_cores;
 
-  // One for each of a step's two instructions, which then need not wait for each other.
-  struct Sums {
-    float sum[2][4];
-    RNNFAST_DEVICE float of(int n) const { return sum[0][n] + sum[1][n]; }
+  // Two for a step's two instructions, which then need not wait for each other; where there are many tiles to multiply,
+  // one saves registers.
+  template <int chains>
+  struct SumsOf {
+    float sum[chains][4];
+    RNNFAST_DEVICE float of(int n) const { return chains == 1 ? sum[0][n] : sum[0][n] + sum[chains - 1][n]; }
   };
+  using Sums = SumsOf<2>;
 
   struct Columns {
     const Real* from;
@@ -172,11 +175,18 @@ struct Mma {
 
   static RNNFAST_DEVICE void look(const Inputs& inputs, Arrivals<Real>& arrivals) { arrivals.add(inputs); }
 
-  static RNNFAST_DEVICE void multiply(const uint4 (&weights)[planes], const Inputs& inputs, Sums& sums) {
+  // A number as the instruction takes it: `multiply` wants inputs that are, or makes them so.
+  static RNNFAST_DEVICE Real taken(Real number) {
+    if constexpr (sizeof(Real) == 4) return number_of_bits<Real>(to_tf32(number));
+    return number;
+  }
+
+  template <bool are_taken = false, int chains>
+  static RNNFAST_DEVICE void multiply(const uint4 (&weights)[planes], const Inputs& inputs, SumsOf<chains>& sums) {
     Inputs v = inputs;
-    if constexpr (sizeof(Real) == 4) v = {rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w)};
+    if constexpr (sizeof(Real) == 4 && !are_taken) v = {rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w)};
     cuda::multiply<Real>(sums.sum[0], weights[0], v.x, v.y);
-    cuda::multiply<Real>(sums.sum[1], weights[1], v.z, v.w);
+    cuda::multiply<Real>(sums.sum[chains - 1], weights[1], v.z, v.w);
   }
 
   static RNNFAST_DEVICE void store(const Sums& sums, float* out, int stride, int lane) {

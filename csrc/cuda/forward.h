@@ -9,15 +9,38 @@
 
 namespace rnnfast::cuda {
 
-// The cell maths of an RNN, chosen at run time: a branch a cell is cheaper than a kernel for each.
-template <class V>
-RNNFAST_DEVICE V rnn_forward(Cell cell, V a) {
-  return cell == Cell::rnn_relu ? ReluCell::forward(a) : TanhCell::forward(a);
+// The cell maths of an RNN, chosen at run time, as that is cheaper than a kernel for each. Without a branch, so that a
+// lane's cells go side by side; but for tanh in double precision, which is long.
+template <class State>
+RNNFAST_DEVICE Number<State> rnn_forward(Cell cell, Number<State> a) {
+  if (sizeof(State) == 8) return cell == Cell::rnn_relu ? ReluCell::forward(a) : TanhCell::forward(a);
+  const Number<State> relu = ReluCell::forward(a), tanh = TanhCell::forward(a);
+  return cell == Cell::rnn_relu ? relu : tanh;
 }
 
-template <class V>
-RNNFAST_DEVICE V rnn_backward(Cell cell, V h, V dh) {
-  return cell == Cell::rnn_relu ? ReluCell::backward(h, dh) : TanhCell::backward(h, dh);
+template <class State>
+RNNFAST_DEVICE Number<State> rnn_backward(Cell cell, Number<State> h, Number<State> dh) {
+  const Number<State> relu = ReluCell::backward(h, dh), tanh = TanhCell::backward(h, dh);
+  return cell == Cell::rnn_relu ? relu : tanh;
+}
+
+// Where a cell's numbers lie in arrays of (T * B, H) and of (T * B, G*H).
+struct CellPlace {
+  Index unit, gates;
+
+  // Of a unit so much further; of another step.
+  RNNFAST_ANYWHERE CellPlace operator+(int units) const { return {unit + units, gates + units}; }
+  RNNFAST_ANYWHERE CellPlace operator+(const CellPlace& on) const { return {unit + on.unit, gates + on.gates}; }
+};
+
+// body(std::true_type or false_type): the one for steady steps, and the one for any.
+template <class Step, class Body>
+RNNFAST_DEVICE void with_steadiness(const Step& step, int p, int begin, Body&& body) {
+  if (Step::always_steady || step.is_steady(p, begin)) {
+    body(std::true_type{});
+  } else if constexpr (!Step::always_steady) {
+    body(std::false_type{});
+  }
 }
 
 template <class Real_, int gates_>
@@ -26,6 +49,7 @@ struct Forward {
   using State = StateOf<Real>;
   using Layer = RecurrenceForward<Real, State>;
   struct Carry {};
+  static constexpr Pass pass = Pass::forward;
   static constexpr int gates = gates_;
   static constexpr int sums = gates;  // of a unit
   static constexpr bool has_state = gates == 4;
@@ -57,12 +81,23 @@ struct Forward {
     return (layer.reverse ? int(shape.T) - 1 - p : p) * int(shape.B) + column.b;
   }
 
+  // Rows from a step to the next one.
+  RNNFAST_DEVICE Index rows_on() const { return layer.reverse ? -shape.B : shape.B; }
+  RNNFAST_DEVICE CellPlace place(int p, const Column& column, int unit) const {
+    const Index row = this->row(p, column);
+    return {row * shape.H + unit, row * (gates * shape.H) + unit};
+  }
+  RNNFAST_DEVICE CellPlace places_on(int steps) const {
+    const Index units = steps * rows_on() * shape.H;
+    return {computed_once(units), computed_once(gates * units)};
+  }
+
   // Whether the step before sends a vector, and the row where it lies.
   RNNFAST_DEVICE bool arrives(int, const Column&) const { return true; }
   RNNFAST_DEVICE bool is_initial(int p) const { return p == 0; }
   RNNFAST_DEVICE int source_row(int p, const Column& column) const { return row(p - 1, column); }
 
-  RNNFAST_DEVICE bool has_cell(int p, const Column&) const { return p < shape.T; }
+  RNNFAST_DEVICE bool has_cell(int p, const Column&) const { return p < int(shape.T); }
 
   // The state of a unit that stays with its thread: c.
   RNNFAST_DEVICE State state_before(int begin, int column, int unit) const {
@@ -72,18 +107,30 @@ struct Forward {
     layer.c_n[Index(column) * shape.H + unit] = c;
   }
 
+  // Steady is a step in which no column begins or ends anything: load, compute and store need not ask then.
+  static constexpr bool always_steady = true;
+  RNNFAST_DEVICE int steady_begin() const { return 0; }
+  RNNFAST_DEVICE bool is_steady(int, int) const { return true; }
+
   // What a cell reads that nobody writes during the launch.
   struct Inputs {
     Real a[gates];
   };
 
-  RNNFAST_DEVICE Inputs load(int p, const Column& column, int unit) const {
-    const int H = int(shape.H);
+  template <bool steady>
+  RNNFAST_DEVICE Inputs load(int, const Column&, int, const CellPlace& place) const {
     Inputs inputs;
-    const Real* a = layer.a + Index(row(p, column)) * (gates * H) + unit;
+    const Real* a = layer.a + place.gates;
     RNNFAST_UNROLL
-    for (int gate = 0; gate < gates; ++gate, a += H) inputs.a[gate] = *a;
+    for (int gate = 0; gate < gates; ++gate, a += int(shape.H)) inputs.a[gate] = *a;
     return inputs;
+  }
+
+  // Asks for what a later step will load.
+  RNNFAST_DEVICE void request(const CellPlace& place) const {
+    const Real* a = layer.a + place.gates;
+    RNNFAST_UNROLL
+    for (int gate = 0; gate < gates; ++gate, a += int(shape.H)) prefetch(a);
   }
 
   struct Outputs {
@@ -91,7 +138,8 @@ struct Forward {
     State gate[gates];  // LSTMs
   };
 
-  RNNFAST_DEVICE Outputs compute(int, const Column&, int, const Inputs& in, const State (&sums)[gates],
+  template <bool steady>
+  RNNFAST_DEVICE Outputs compute(int, const Column&, const Inputs& in, const State (&sums)[gates],
                                  State& c) const {
     using V = Number<State>;
     Outputs out{};
@@ -113,6 +161,7 @@ struct Forward {
   }
 
   // Whether a cell hands numbers to the next step, and put(k, number) for each.
+  static constexpr int sent = 1;  // numbers of a cell, H apart in the vector
   RNNFAST_DEVICE bool sends(int, const Column&) const { return true; }
   template <class Put>
   RNNFAST_DEVICE void for_each_sent(int unit, const Outputs& out, Put&& put) const {
@@ -120,19 +169,22 @@ struct Forward {
   }
 
   // keeps: what was handed on is not the output already.
-  RNNFAST_DEVICE void store(int p, const Column& column, int, int unit, const Outputs& out, State c,
+  template <bool steady>
+  RNNFAST_DEVICE void store(int, const Column&, int, int, const CellPlace& place, const Outputs& out, State c,
                             bool keeps) const {
-    const int H = int(shape.H), row = this->row(p, column);
-    const Index here = Index(row) * H + unit;
-    if (keeps) layer.y[here] = out.h;
-    if (p == int(shape.T) - 1) layer.h_n[Index(column.b) * H + unit] = out.h;
+    if (keeps) layer.y[place.unit] = out.h;
     if constexpr (gates == 4) {
-      if (layer.c) layer.c[here] = c;
+      if (layer.c) layer.c[place.unit] = c;
       if (!layer.gates) return;
-      Real* kept = layer.gates + Index(row) * (4 * H) + unit;
+      Real* kept = layer.gates + place.gates;
       RNNFAST_UNROLL
-      for (int gate = 0; gate < 4; ++gate, kept += H) *kept = narrow<Real>(out.gate[gate]);
+      for (int gate = 0; gate < 4; ++gate, kept += int(shape.H)) *kept = narrow<Real>(out.gate[gate]);
     }
+  }
+
+  // What is left after a launch's last step.
+  RNNFAST_DEVICE void finish(const Column& column, int unit, const Outputs& out) const {
+    layer.h_n[Index(column.b) * shape.H + unit] = out.h;
   }
 };
 

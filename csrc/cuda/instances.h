@@ -66,9 +66,16 @@ auto recurrence_kernel(const Tiling& tiling) {
 // body(kernel) for the shape of a plan's blocks.
 template <class Step, int number = 0, class Body>
 void with_resident_kernel(const Plan& plan, Body&& body) {
-  if constexpr (number < resident_shape_count) {
+  constexpr int clustered = number - resident_shape_count;
+  if constexpr (clustered < 0) {
     constexpr ResidentShape shape = resident_shapes(Step::sums, number);
-    if (plan.shape == number) return body(recur_resident<Step, Shape<shape.rows, shape.steps, shape.columns>>);
+    if (plan.method == Method::resident && plan.shape == number)
+      return body(recur_resident<Step, Shape<shape.rows, shape.steps, shape.columns>, ThroughL2>);
+    with_resident_kernel<Step, number + 1>(plan, body);
+  } else if constexpr (clustered < resident_cluster_shape_count(Step::pass, Step::gates)) {
+    constexpr ResidentShape shape = resident_cluster_shapes(Step::sums, clustered);
+    if (plan.method == Method::resident_cluster && plan.shape == clustered)
+      return body(recur_resident<Step, Shape<shape.rows, shape.steps, shape.columns>, ThroughCluster>);
     with_resident_kernel<Step, number + 1>(plan, body);
   } else {
     throw std::logic_error(describe(plan) + ": no kernel for this plan");

@@ -28,9 +28,10 @@ Arguments<Step> arguments_of(const Plan& plan, const typename Step::Layer* layer
   args.shared = plan.shared;
   args.blocks = plan.blocks;
   args.may_be_early = plan.method != Method::steps;
-  args.apart = plan.apart;
+  args.from_memory = comes_from_memory(plan.work);
   args.initial_rows = plan.work.pass == Pass::forward ? int(args.shape.B) : 0;
-  const bool in_shared = plan.method == Method::local || plan.method == Method::cluster;
+  const bool in_shared = has_vectors(plan);
+  args.apart = in_shared || plan.apart;
   for (int direction = 0; direction < plan.work.directions; ++direction) {
     args.layers[direction] = layers[direction];
     args.weights[direction] = reinterpret_cast<uint4*>(memory + scratch.weights[direction]);
@@ -85,7 +86,7 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
   const Index packed = Index(plan.weights_bytes / sizeof(uint4));
   const Index initial = args.initial[0] ? initial_numbers(args) : 0;
   const int pack_blocks = int(((packed > initial ? packed : initial) + block_threads - 1) / block_threads);
-  args.paired = plan.method == Method::resident && Step::sums == 4;
+  args.paired = is_resident(plan.method) && Step::sums == 4;
   launch(what + ", packing", pack<Engine, Step>, {{pack_blocks, 1, directions}, block_threads, 1, 0, false},
          stream, args, packed);
 
@@ -100,8 +101,9 @@ void run(const Plan& plan, const typename Step::Layer* layers, int steps, void* 
     return;
   }
   args.end = steps;
-  if (plan.method == Method::resident) {
-    shape.resident = true;
+  if (is_resident(plan.method)) {
+    shape.resident = plan.method == Method::resident;
+    shape.cluster = shape.resident ? 1 : plan.blocks;
     if constexpr (is_on_tensor_cores<Engine>)
       with_resident_kernel<Step>(plan, [&](auto kernel) { launch(what, kernel, shape, stream, args); });
   } else if (plan.method == Method::grid) {

@@ -48,6 +48,7 @@ struct LocalMma {
   }
   static RNNFAST_DEVICE int column(int warp, int lane, int n) { return lane % 4 * 2 + (twins == 2 ? warp % 2 : n); }
   static RNNFAST_DEVICE bool keeps(int) { return true; }
+  static RNNFAST_DEVICE Real taken(Real number) { return Tile::taken(number); }  // as it lies in vectors
 
   // A lane's weights, 16 bytes at a time: number n of `packs`. weight(unit, sum, k).
   template <class Weight>
@@ -77,7 +78,8 @@ struct LocalMma {
       RNNFAST_UNROLL
       for (int group = 0; group < groups; ++group) {
         RNNFAST_UNROLL
-        for (int tile = 0; tile < tiles; ++tile) Tile::multiply(weights.of[group][tile][i], v, total[group][tile]);
+        for (int tile = 0; tile < tiles; ++tile)
+          Tile::template multiply<true>(weights.of[group][tile][i], v, total[group][tile]);
       }
     }
     RNNFAST_UNROLL
@@ -97,37 +99,45 @@ struct LocalMma {
   }
 };
 
-// Four lanes share the terms of a unit. They add up, and then have a column's cell each, or all the same.
+// Four lanes share the terms of a unit, or of two units, so that there are not more than eight warps. They add up, and
+// then have a column's cells each, or, of one column, a unit's; so some have the same.
 template <class Problem, int columns_>
 struct LocalFma {
   using Real = typename Problem::Real;
   using State = StateOf<Real>;
-  static constexpr int sums = Problem::sums, lanes = 4, columns = columns_, cells = 1, lane_columns = 1;
+  static constexpr int sums = Problem::sums, lanes = 4, columns = columns_;
+  static constexpr int rows = Problem::units > 64 ? 2 : 1;  // units that lanes share
+  static constexpr int cells = columns == 1 ? 1 : rows, lane_columns = 1;
   static constexpr bool is_built = true;
-  static constexpr int warp_units = 32 / lanes, warps = Problem::units / warp_units;
+  static constexpr int warp_units = 32 / lanes * rows, warps = Problem::units / warp_units;
   static constexpr int chunk = 16 / sizeof(Real), chunks = Problem::terms / lanes / chunk;
-  static constexpr int chains = sums == 1 ? 4 : 1;  // of additions, where there would be but one
+  static constexpr int chains = sums == 1 ? 4 / rows : 1;  // of additions, where there would be but one or two
   static_assert(columns == 1 || columns == lanes, "a cell for each lane, or one for all");
 
   struct alignas(16) Chunk {
     Real of[chunk];
   };
 
-  static constexpr int packs = sums * chunks, pack_warps = warps;
+  static constexpr int packs = rows * sums * chunks, pack_warps = warps;
   struct Weights {
-    State of[sums][chunks][chunk];
+    State of[rows][sums][chunks][chunk];
   };
 
-  static RNNFAST_DEVICE int first_unit(int warp, int lane) { return warp * warp_units + lane / lanes; }
-  static RNNFAST_DEVICE int unit(int) { return 0; }
+  static RNNFAST_DEVICE int first_unit(int warp, int lane) {
+    const int first = warp * warp_units + lane / lanes * rows;
+    return columns == 1 && rows == 2 ? first + lane % lanes / 2 : first;
+  }
+  static RNNFAST_DEVICE int unit(int cell) { return cell; }
   static RNNFAST_DEVICE int column(int, int lane, int) { return columns == 1 ? 0 : lane % lanes; }
-  static RNNFAST_DEVICE bool keeps(int lane) { return columns > 1 || lane % lanes == 0; }
+  static RNNFAST_DEVICE bool keeps(int lane) { return columns > 1 || lane % (lanes / rows) == 0; }
+  static RNNFAST_DEVICE Real taken(Real number) { return number; }
 
   template <class Weight>
   static RNNFAST_DEVICE uint4 pack(int n, int warp, int lane, Weight&& weight) {
+    const int unit = warp * warp_units + lane / lanes * rows + n / chunks / sums;
     Chunk chunk_of;
     for (int k = 0; k < chunk; ++k)
-      chunk_of.of[k] = weight(first_unit(warp, lane), n / chunks, (n % chunks * lanes + lane % lanes) * chunk + k);
+      chunk_of.of[k] = weight(unit, n / chunks % sums, (n % chunks * lanes + lane % lanes) * chunk + k);
     uint4 packed;
     memcpy(&packed, &chunk_of, sizeof(packed));
     return packed;
@@ -140,13 +150,14 @@ struct LocalFma {
       Chunk chunk_of;
       memcpy(&chunk_of, &bits, sizeof(bits));
       RNNFAST_UNROLL
-      for (int k = 0; k < chunk; ++k) weights.of[n / chunks][n % chunks][k] = widen(chunk_of.of[k]);
+      for (int k = 0; k < chunk; ++k)
+        weights.of[n / chunks / sums][n / chunks % sums][n % chunks][k] = widen(chunk_of.of[k]);
     }
   }
 
   static RNNFAST_DEVICE void multiply(const Weights& weights, const Real* vectors, int stride, int, int lane,
                                       State (&out)[cells][sums]) {
-    State total[sums][columns][chains] = {};
+    State total[rows][sums][columns][chains] = {};
     RNNFAST_UNROLL
     for (int i = 0; i < chunks; ++i) {
       RNNFAST_UNROLL
@@ -156,26 +167,37 @@ struct LocalFma {
         RNNFAST_UNROLL
         for (int k = 0; k < chunk; ++k) {
           RNNFAST_UNROLL
-          for (int sum = 0; sum < sums; ++sum) {
-            State& of = total[sum][n][k % chains];
-            of = std::fma(weights.of[sum][i][k], widen(v.of[k]), of);
+          for (int row = 0; row < rows; ++row) {
+            RNNFAST_UNROLL
+            for (int sum = 0; sum < sums; ++sum) {
+              State& of = total[row][sum][n][k % chains];
+              of = std::fma(weights.of[row][sum][i][k], widen(v.of[k]), of);
+            }
           }
         }
       }
     }
     RNNFAST_UNROLL
     for (int sum = 0; sum < sums; ++sum) {
-      State own[columns];
+      State own[rows][columns];
       RNNFAST_UNROLL
-      for (int n = 0; n < columns; ++n) {
-        own[n] = total[sum][n][0];
+      for (int row = 0; row < rows; ++row) {
         RNNFAST_UNROLL
-        for (int k = 1; k < chains; ++k) own[n] += total[sum][n][k];
+        for (int n = 0; n < columns; ++n) {
+          own[row][n] = total[row][sum][n][0];
+          RNNFAST_UNROLL
+          for (int k = 1; k < chains; ++k) own[row][n] += total[row][sum][n][k];
+        }
       }
-      if constexpr (columns == 1) {
-        out[0][sum] = added(added(own[0], 2), 1);
+      if constexpr (columns > 1) {
+        RNNFAST_UNROLL
+        for (int row = 0; row < rows; ++row) out[row][sum] = handed_out(own[row], lane);
+      } else if constexpr (rows == 2) {
+        const bool second = lane & 2;
+        const State mine = second ? own[1][0] : own[0][0], theirs = second ? own[0][0] : own[1][0];
+        out[0][sum] = added(mine + exchange_lanes(theirs, 2), 1);
       } else {
-        out[0][sum] = handed_out(own, lane);
+        out[0][sum] = added(added(own[0][0], 2), 1);
       }
     }
   }
@@ -218,10 +240,13 @@ recur_locally(RNNFAST_ARGUMENT Arguments<Step> args) {
   using Real = typename Engine::Real;
   using State = typename Engine::State;
   constexpr int cells = Engine::cells, sums = Engine::sums, lane_columns = Engine::lane_columns;
+  constexpr int request_ahead = 6;  // steps that take as long as memory
   constexpr int stride = vector_stride(Problem::terms, sizeof(Real)), vector_numbers = Engine::columns * stride;
-  const int direction = block_index().z;
+  const int direction = computed_once(block_index().z);
   const typename Step::Layer layer = args.layers[direction];
   const Step step{args.shape, layer, args.carries[direction]};
+  const CellPlace on = step.places_on(1), far = step.places_on(request_ahead);
+  const int steady_begin = step.steady_begin();
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, terms = step.terms();
   const int first_column = block_index().y * Engine::columns, H = int(args.shape.H);
   Real* vectors = reinterpret_cast<Real*>(shared_memory());  // (2, columns, stride)
@@ -231,72 +256,98 @@ recur_locally(RNNFAST_ARGUMENT Arguments<Step> args) {
   for (int at = thread; at < 2 * vector_numbers; at += Engine::warps * 32) {
     const int n = first_column + at / stride, k = at % stride;
     const bool is_initial = at < vector_numbers && n < args.tiling.columns && k < terms && step.is_initial(0);
-    store_shared(vectors + at, is_initial ? step.initial(n, k) : Real{});
+    store_shared(vectors + at, is_initial ? Engine::taken(step.initial(n, k)) : Real{});
   }
 
-  // What there is not computes along, as the first of all units and columns.
+  // What there is not computes along with zeros; whose column there is not, as if it were the first one.
   const int first_unit = Engine::first_unit(warp, lane);
   int index[lane_columns];
   bool has_column[lane_columns];
   typename Step::Column column[lane_columns];
+  CellPlace place[lane_columns];  // of the lane's first unit in this step
   RNNFAST_UNROLL
   for (int n = 0; n < lane_columns; ++n) {
     index[n] = first_column + Engine::column(warp, lane, n);
     has_column[n] = index[n] < args.tiling.columns;
     if (!has_column[n]) index[n] = 0;
     column[n] = step.column(index[n]);
+    place[n] = step.place(0, column[n], first_unit);
   }
-  const auto exists = [&](int cell) { return has_column[cell % lane_columns] && first_unit + Engine::unit(cell) < H; };
-  const auto unit = [&](int cell) {
-    const int own = first_unit + Engine::unit(cell);
-    return own < H ? own : 0;
-  };
-  typename Step::Inputs ahead[cells];
-  State state[cells];
+  bool exists[cells];
+  State state[cells] = {};
   RNNFAST_UNROLL
   for (int i = 0; i < cells; ++i) {
-    ahead[i] = step.load(0, column[i % lane_columns], unit(i));
-    state[i] = Step::has_state ? step.state_before(0, index[i % lane_columns], unit(i)) : State(0);
+    const int n = i % lane_columns, unit = first_unit + Engine::unit(i);
+    exists[i] = has_column[n] && unit < H;
+    if (Step::has_state && exists[i]) state[i] = step.state_before(0, index[n], unit);
   }
+  // What a cell reads comes a step ahead.
+  const auto load = [&](int p, const CellPlace& further, typename Step::Inputs (&to)[cells]) {
+    with_steadiness(step, p, steady_begin, [&](auto steady) {
+      RNNFAST_UNROLL
+      for (int i = 0; i < cells; ++i) {
+        const int n = i % lane_columns, unit = Engine::unit(i);
+        if (exists[i])
+          to[i] = step.template load<steady.value>(p, column[n], first_unit + unit, place[n] + further + unit);
+      }
+    });
+  };
+  typename Step::Inputs ahead[cells] = {};
+  load(0, {0, 0}, ahead);
+  const bool keeps = Engine::keeps(lane);
+  Real *arrived = vectors, *sent = vectors + vector_numbers;
   sync_block();
 
+  typename Step::Outputs outputs[cells] = {};
   RNNFAST_ROLL
   for (int p = 0; p < args.end; ++p) {
     typename Step::Inputs inputs[cells];
     RNNFAST_UNROLL
     for (int i = 0; i < cells; ++i) inputs[i] = ahead[i];
-    if (p + 1 < args.end) {
-      RNNFAST_UNROLL
-      for (int i = 0; i < cells; ++i) ahead[i] = step.load(p + 1, column[i % lane_columns], unit(i));
-    }
-    State total[cells][sums];
-    Engine::multiply(weights, vectors + p % 2 * vector_numbers, stride, warp, lane, total);
-    typename Step::Outputs outputs[cells];
-    RNNFAST_UNROLL
-    for (int i = 0; i < cells; ++i)
-      outputs[i] = step.compute(p, column[i % lane_columns], unit(i), inputs[i], total[i], state[i]);
-    Real* next = vectors + (p + 1) % 2 * vector_numbers;
-    RNNFAST_UNROLL
-    for (int i = 0; i < cells; ++i) {
-      if (!exists(i) || !Engine::keeps(lane)) continue;
-      // Of a cell that sends nothing these are zeros.
-      step.for_each_sent(unit(i), outputs[i], [&](int k, Real value) {
-        store_shared(next + Engine::column(warp, lane, i % lane_columns) * stride + k, value);
+    if (p + 1 < args.end) load(p + 1, on, ahead);
+    if (args.from_memory && p + request_ahead < args.end) {
+      with_steadiness(step, p + request_ahead, steady_begin, [&](auto steady) {
+        RNNFAST_UNROLL
+        for (int n = 0; n < lane_columns; ++n)
+          if (steady.value && exists[n]) step.request(place[n] + far);
       });
     }
+    State total[cells][sums];
+    Engine::multiply(weights, arrived, stride, warp, lane, total);
+    with_steadiness(step, p, steady_begin, [&](auto steady) {
+      RNNFAST_UNROLL
+      for (int i = 0; i < cells; ++i)
+        outputs[i] = step.template compute<steady.value>(p, column[i % lane_columns], inputs[i], total[i], state[i]);
+      RNNFAST_UNROLL
+      for (int i = 0; i < cells; ++i) {
+        if (!exists[i] || !keeps) continue;
+        // Of a cell that sends nothing these are zeros.
+        Real* to = sent + Engine::column(warp, lane, i % lane_columns) * stride;
+        step.for_each_sent(first_unit + Engine::unit(i), outputs[i],
+                           [&](int k, Real value) { store_shared(to + k, Engine::taken(value)); });
+      }
+      RNNFAST_UNROLL
+      for (int i = 0; i < cells; ++i) {
+        const int n = i % lane_columns, unit = Engine::unit(i);
+        if (exists[i] && keeps && (steady.value || step.has_cell(p, column[n])))
+          step.template store<steady.value>(p, column[n], index[n], first_unit + unit, place[n] + unit, outputs[i],
+                                            state[i], true);
+      }
+    });
     RNNFAST_UNROLL
-    for (int i = 0; i < cells; ++i) {
-      const int n = i % lane_columns;
-      if (!exists(i) || !Engine::keeps(lane) || !step.has_cell(p, column[n])) continue;
-      step.store(p, column[n], index[n], unit(i), outputs[i], state[i], true);
-    }
+    for (int n = 0; n < lane_columns; ++n) place[n] = place[n] + on;
+    Real* const read_by_all = arrived;
+    arrived = sent;
+    sent = read_by_all;
     sync_block();
   }
 
-  if constexpr (Step::has_state) {
-    RNNFAST_UNROLL
-    for (int i = 0; i < cells; ++i)
-      if (exists(i) && Engine::keeps(lane)) step.keep_state(index[i % lane_columns], unit(i), state[i]);
+  RNNFAST_UNROLL
+  for (int i = 0; i < cells; ++i) {
+    const int n = i % lane_columns, unit = first_unit + Engine::unit(i);
+    if (!exists[i] || !keeps) continue;
+    step.finish(column[n], unit, outputs[i]);
+    if (Step::has_state) step.keep_state(index[n], unit, state[i]);
   }
 }
 

@@ -19,18 +19,26 @@ struct Costs {
   double partial_byte;   // of partial sums, through shared memory
   double cell;           // of a thread, on the way to which others wait
   double push;           // of a thread, to a peer's shared memory
+  double occupied;       // all of a block's threads with a cell each
+  double handed_byte;    // of vectors, to a peer's shared memory
+  double memory;         // where what cells read comes from memory
+  double peer;           // a block of the group
+  double block;          // any block of the launch
+  double backward;       // what going back takes longer
+  double rounded;        // a tile whose inputs are rounded to TF32 first
 };
 
-constexpr Costs tensor_core_costs{1010, 638, 5.1, 0.00949, 7.52e-5, 0.0404, 0.0154, 902, 38.3};
-constexpr Costs resident_costs{595, 0, 0, 0.0366, 5.77e-4, 0, 0.0208, 525, 0};
-constexpr Costs fma_costs{628, 915, 0, 0, 1.09e-4, 0.0256, 0.0439, 986, 22.2};
-constexpr Costs double_costs{2070, 1040, 0, 0.0283, 9.32e-5, 0.0217, 0.0475, 0, 33.3};
+constexpr Costs tensor_core_costs{853, 879, 7.08, 0, 2.93e-5, 0.0506, 0.013, 508, 24.2, 498, 0.0124, 179, 8.46, 0.506, 583, 3.79};
+constexpr Costs resident_costs{537, 0, 0, 0.0314, 6.96e-5, 0, 0.021, 215, 0, 31.6, 0, 526, 10.3, 3.09, 30.2, 2.36};
+constexpr Costs resident_cluster_costs{414, 0, 3.42, 0, 0, 0, 0.00597, 135, 24.4, 206, 0.0476, 0, 18, 0, 347, 0};
+constexpr Costs fma_costs{1130, 915, 0, 0.00531, 0.000118, 0.0242, 0.0457, 241, 28.3, 507, 0, 75.6, 5.94, 0, 416, 0};
+constexpr Costs double_costs{2120, 1200, 0, 0.0144, 1.27e-4, 0.0199, 0.04, 0, 28.4, 0, 0, 0, 0, 0, 0, 0};
 
 constexpr double launch_cycles = 8000;  // a kernel in a stream: published, not measured
 // A product and a kernel: what the host takes to queue them, in the device's cycles; the product's operations in a
 // cycle, as if there were 64 columns at least; a byte of weights, which come from memory or L2. By hand, from the times
 // of 48 layers on an H200.
-constexpr double gemm_queued = 40000, gemm_rest = 8000, gemm_byte = 1e-3, gemm_columns = 64;
+constexpr double gemm_queued = 22000, gemm_rest = 8000, gemm_byte = 1e-3, gemm_columns = 64;
 double gemm_rate(Format format) {
   switch (format) {
     case Format::float32:
@@ -40,8 +48,10 @@ double gemm_rate(Format format) {
   }
 }
 
-// A cluster lies within one of the processor's own clusters, which leaves some multiprocessors over.
-constexpr double clustered = 0.85;
+// A cluster lies within one of the processor's own, of which each has so many multiprocessors; some have more, and
+// some of those can't be had. An H200 has room for 66 clusters of 2, 30 of 4, 15 of 8, 7 of 10 to 16.
+constexpr Index own_cluster = 16;
+constexpr double clustered = 0.92;
 
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
@@ -66,8 +76,6 @@ Index units_of_block(const Plan& plan) {
   return plan.work.pass == Pass::forward ? rows / gate_count(plan.work.shape.cell) : rows;
 }
 
-bool has_vectors(const Plan& plan) { return plan.method == Method::local || plan.method == Method::cluster; }
-
 Counts counts_of(const Plan& plan, const Product& product) {
   const Tiling& tiling = plan.tiling;
   const EngineTraits& engine = plan.engine;
@@ -91,7 +99,15 @@ Counts counts_of(const Plan& plan, const Product& product) {
   counts.streamed_bytes = passes * double(streamed);
   counts.partial_bytes = passes * double(2 * block_warps * tiling.pass_columns * rows * engine.state_bytes);
   counts.cells = cells;
-  if (plan.method == Method::cluster) {
+  const Index here = std::min(tiling.group_columns, tiling.columns);
+  counts.occupied = (is_long ? 2 : 1) * double(units * here) / block_threads;
+  counts.memory = comes_from_memory(plan.work);
+  counts.peers = plan.blocks;
+  counts.backward = plan.work.pass == Pass::backward;
+  counts.rounded = plan.work.format == Format::tf32 && plan.method != Method::resident_cluster ? counts.tiles : 0;
+  counts.blocks = double(plan.blocks) * plan.groups * plan.work.directions;
+  if (plan.method == Method::cluster || plan.method == Method::resident_cluster) {
+    counts.handed_bytes = double(here * product.terms * engine.real_bytes);
     const Index handed_on = plan.work.pass == Pass::forward ? 1 : gate_count(plan.work.shape.cell);
     counts.pushes = passes * double(ceil_div(tiling.pass_columns, at_once) * handed_on * plan.blocks);
   }
@@ -101,31 +117,34 @@ Counts counts_of(const Plan& plan, const Product& product) {
 // Blocks that run one after the other on a multiprocessor, or have a share of it.
 double waves(const Plan& plan, const Device& device) {
   const Index groups = Index(plan.groups) * plan.work.directions;
-  if (plan.method != Method::cluster || plan.blocks == 1)
+  if ((plan.method != Method::cluster && plan.method != Method::resident_cluster) || plan.blocks == 1)
     return double(ceil_div(groups * plan.blocks, device.multiprocessors));
-  const Index clusters = Index(clustered * device.multiprocessors / plan.blocks);
+  const Index clusters = Index(clustered * device.multiprocessors / own_cluster * (own_cluster / plan.blocks));
   return double(ceil_div(groups, std::max<Index>(1, clusters)));
 }
 
-// A step of the method local, of which a lane's chain of instructions is all. By hand; of 192 such plans in
-// docs/cuda_plans.json half lie within 11 % of it, nine in ten within 31 %.
+// A step of the method local, of which a lane's chain of instructions is all. Fitted by hand; of 185 such plans in
+// docs/cuda_plans.json half lie within 7 % of it, nine in ten within 20 %.
 double local_cycles(const Plan& plan) {
   const bool forward = plan.work.pass == Pass::forward, lstm = plan.work.shape.cell == Cell::lstm;
   const int gates = int(gate_count(plan.work.shape.cell)), sums = forward ? gates : 1;
   const int units = plan.local_units, terms = forward ? units : units * gates, columns = plan.tiling.group_columns;
   if (columns == 8) {
     const int tiles = units * sums / plan.engine.tile_rows, warps = std::min(tiles, block_warps);
-    const double cell = forward ? (lstm ? 290 : 163) : (lstm ? 970 : 440);
+    const double cell = forward ? (lstm ? 614 : 191) : (lstm ? 853 : 228);
     const double cells = std::max(2.0, units * 8.0 / (32 * block_warps));  // of a lane
-    return 256 + 84.0 * (tiles / warps) * (terms / plan.engine.step) + cell * cells;
+    return 21.0 * (tiles / warps) * (terms / plan.engine.step) + cell * cells;
   }
-  const double rest = forward ? (lstm ? 640 : 500) : (lstm ? 990 : 610);
-  const int chunk = 16 / plan.engine.real_bytes, reads = columns * terms / 4 / chunk;
-  return rest + reads * (units / 64.0) * (30 + 1.7 * chunk * sums);
+  const double rest = forward ? (lstm ? 458 : 110) : (lstm ? 515 : 223);
+  const int bytes = plan.engine.real_bytes, rows = (units > 64 ? 2 : 1) * sums;
+  const double reads = columns * terms / 4.0 / (16 / bytes), products = rows * columns * terms / 4.0;
+  const double sharing = columns > 1 ? 53.0 * rows : 0;  // sums out among lanes
+  return rest + 30.5 * reads + (bytes == 4 ? 1.4 : bytes == 2 ? 5.4 : 6.2) * products + sharing;
 }
 
 double step_cycles(const Plan& plan, const Device& device) {
-  const Costs& costs = plan.method == Method::resident ? resident_costs
+  const Costs& costs = plan.method == Method::resident_cluster ? resident_cluster_costs
+                       : plan.method == Method::resident ? resident_costs
                        : plan.engine.tensor_cores ? tensor_core_costs
                        : plan.engine.state_bytes == 8 ? double_costs
                                                       : fma_costs;
@@ -133,8 +152,11 @@ double step_cycles(const Plan& plan, const Device& device) {
   const double cycles = counts.items * costs.item + counts.trips * costs.trip + counts.tiles * costs.tile +
                         counts.input_bytes * costs.input_byte + counts.traffic_bytes * costs.traffic_byte +
                         counts.streamed_bytes * costs.streamed_byte + counts.partial_bytes * costs.partial_byte +
-                        counts.cells * costs.cell + counts.pushes * costs.push;
-  return waves(plan, device) * cycles + (plan.method == Method::steps ? launch_cycles : 0);
+                        counts.cells * costs.cell + counts.pushes * costs.push + counts.occupied * costs.occupied +
+                        counts.handed_bytes * costs.handed_byte + counts.memory * costs.memory +
+                        counts.peers * costs.peer + counts.blocks * costs.block + counts.backward * costs.backward +
+                        counts.rounded * costs.rounded;
+  return counts.turns * cycles + (plan.method == Method::steps ? launch_cycles : 0);
 }
 
 // Where everything but the weights begins; these come next, then the vectors.
@@ -208,7 +230,9 @@ bool fill_in(const Device& device, const Product& product, int row_blocks, Index
 // The same for a shape of the method resident; false where its registers don't hold the weights.
 bool fill_in_resident(const Device& device, const Product& product, Plan& plan) {
   const int sums = int(product.rows / plan.work.shape.H);
-  const ResidentShape shape = resident_shapes(sums, plan.shape);
+  const bool clustered = plan.method == Method::resident_cluster;
+  const auto shapes = clustered ? resident_cluster_shapes : resident_shapes;
+  const ResidentShape shape = shapes(sums, plan.shape);
   EngineTraits& engine = plan.engine;
   engine.row_tiles = shape.rows;
   engine.column_tiles = shape.columns;
@@ -219,14 +243,21 @@ bool fill_in_resident(const Device& device, const Product& product, Plan& plan) 
   const Index row_blocks = ceil_div(ceil_div(product.rows, engine.tile_rows), shape.rows);
   if (!fill_in(device, product, int(row_blocks), columns, plan)) return false;
   if (plan.tiling.k_steps > shape.steps || plan.tiling.bundles != 1) return false;
+  if (clustered && (plan.blocks > device.largest_cluster || plan.work.shape.H * engine.real_bytes % 16 != 0))
+    return false;
   for (int other = 0; other < plan.shape; ++other) {  // that would do the same
-    const ResidentShape before = resident_shapes(sums, other);
+    const ResidentShape before = shapes(sums, other);
     if (before.rows == shape.rows && before.columns == shape.columns && plan.tiling.k_steps <= before.steps)
       return false;
   }
   plan.shared = {};
   const Index pitch = Index(shape.rows) * engine.tile_rows + 4;
-  plan.shared.bytes = int(2 * block_warps * columns * pitch * engine.state_bytes);
+  plan.shared.vectors = plan.shared.bytes = int(aligned(2 * block_warps * columns * pitch * engine.state_bytes));
+  if (clustered) {
+    const Index sent = plan.work.pass == Pass::forward ? 1 : gate_count(plan.work.shape.cell);
+    const Index vectors = resident_slots * columns * plan.tiling.stride + plan.tiling.zeros;
+    plan.shared.bytes += int((vectors + block_warps * sent * 32) * engine.real_bytes);
+  }
   return plan.shared.bytes <= device.shared_bytes;
 }
 
@@ -234,6 +265,7 @@ bool can_run(const Device& device, const Plan& plan) {
   if (plan.method == Method::gemm)
     return plan.work.pass == Pass::forward || plan.work.shape.k1 >= plan.work.shape.T;
   if (plan.groups > 65535) return false;  // the grid's second dimension
+  if (plan.method == Method::resident_cluster) return !overlap(plan.work);
   if (plan.method != Method::grid && plan.method != Method::resident) return true;
   // Overlapping windows' da would need more memory than is to be had, if each step had a place of its own.
   if (overlap(plan.work)) return false;
@@ -264,6 +296,7 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
           !can_run(device, plan))
         continue;
       plan.counts = counts_of(plan, product);
+      plan.counts.turns = waves(plan, device);
       plan.cycles = step_cycles(plan, device);
       plan.scratch_bytes = scratch_layout(plan).bytes;
       use(plan);
@@ -299,11 +332,14 @@ void for_each_plan(const Device& device, const Work& work, Method method, Use&& 
       plan.scratch_bytes = scratch_layout(plan).bytes;
       use(plan);
     }
-  } else if (method == Method::resident) {
+  } else if (is_resident(method)) {
     if (!plan.engine.tensor_cores) return;
-    for (plan.shape = 0; plan.shape < resident_shape_count; ++plan.shape) {
+    const int shapes = method == Method::resident ? resident_shape_count
+                                                  : resident_cluster_shape_count(work.pass, gate_count(work.shape.cell));
+    for (plan.shape = 0; plan.shape < shapes; ++plan.shape) {
       if (!fill_in_resident(device, product, plan) || !can_run(device, plan)) continue;
       plan.counts = counts_of(plan, product);
+      plan.counts.turns = waves(plan, device);
       plan.cycles = step_cycles(plan, device);
       plan.scratch_bytes = scratch_layout(plan).bytes;
       use(plan);
@@ -379,7 +415,8 @@ Plan plan_recurrence(const Device& device, const Work& work) {
   check(device, work);
   Plan best{};
   bool found = false;
-  for (const Method method : {Method::local, Method::cluster, Method::grid, Method::resident}) {
+  for (const Method method :
+       {Method::local, Method::cluster, Method::grid, Method::resident, Method::resident_cluster}) {
     Plan plan{};
     if (!plan_method(device, work, method, plan)) continue;
     if (!found || plan.cycles < best.cycles) best = plan;

@@ -9,6 +9,7 @@
 //   cluster     the group is a thread-block cluster, or one block; results go to its blocks' shared memory
 //   grid        the group is any number of blocks, all resident at once; results go through L2
 //   resident    as grid, of blocks whose registers hold all weights (resident.h): medium layers, on tensor cores
+//   resident_cluster   the same as cluster: where as many blocks as a cluster has hold all weights
 //   steps       a launch for every step: the fallback that never waits, so it needs no residency
 //   gemm        a product by the caller's library and a launch for the cells, for every step: for problems so large
 //               that the product is all there is. No truncation
@@ -26,7 +27,7 @@ namespace rnnfast::cuda {
 constexpr int block_threads = 256, block_warps = block_threads / 32;
 
 enum class Format { float32, tf32, float64, float16, bfloat16 };
-enum class Method { local, cluster, grid, resident, steps, gemm };
+enum class Method { local, cluster, grid, resident, resident_cluster, steps, gemm };
 enum class Pass { forward, backward };
 
 struct Work {
@@ -80,11 +81,11 @@ constexpr bool is_local(Format format, int columns, int units, int sums, int ter
   if (columns == 8) {
     if (format == Format::float32 || format == Format::float64) return false;
     const int tiles = units * sums / 16, warps = tiles < block_warps ? tiles : block_warps;
-    return tiles / warps * terms * bits / 64 <= 128;
+    return terms <= 256 && tiles / warps * terms * bits / 64 <= 128;
   }
   if (columns == 4 && bits == 16) return false;  // tensor cores are better at that
-  const int registers = sums * terms / 4 * (bits == 64 ? 2 : 1);
-  return registers <= (units <= 64 ? 128 : 32) && units <= 128;
+  const int rows = units > 64 ? 2 : 1, registers = rows * sums * terms / 4 * (bits == 64 ? 2 : 1);
+  return registers <= 128 && units <= 128;
 }
 
 // The least units that have room for H, or 0.
@@ -109,6 +110,19 @@ constexpr ResidentShape resident_shapes(int sums, int number) {
   return sums == 4 ? of_four[number] : of_one[number];
 }
 constexpr int resident_shape_count = 4;
+
+// The method resident_cluster: fewer blocks, so of more rows; where a cell has much to remember, of few.
+constexpr ResidentShape resident_cluster_shapes(int sums, int number) {
+  constexpr ResidentShape of_four[] = {{4, 2, 1}, {8, 2, 1}};
+  constexpr ResidentShape of_one[] = {{2, 8, 1}, {4, 4, 1}};
+  return sums == 4 ? of_four[number] : of_one[number];
+}
+constexpr int resident_cluster_shape_count(Pass pass, Index gates) {
+  return pass == Pass::backward && gates == 4 ? 1 : 2;
+}
+
+// The vectors of two steps take turns in its blocks' shared memory: see handover.h.
+constexpr int resident_slots = 2;
 
 // How a launch is cut up: what the kernel needs to know. A warp multiplies a bundle of `row_tiles` tiles of
 // rows at once, by `column_tiles` tiles of columns; its tiles of weights lie in registers, then in shared memory, and
@@ -138,9 +152,11 @@ struct SharedLayout {
   int columns, partials, states, weights, vectors, bytes;
 };
 
-// How much of what a step has to do in one block: what its estimate is made of (plan.cpp).
+// How much of what a step has to do in one block: what its estimate is made of (plan.cpp says more).
 struct Counts {
   double items, trips, tiles, input_bytes, traffic_bytes, streamed_bytes, partial_bytes, cells, pushes;
+  double occupied, handed_bytes, memory, peers, blocks, backward, rounded;
+  double turns;  // that blocks take on a multiprocessor
 };
 
 struct Plan {
@@ -149,7 +165,7 @@ struct Plan {
   EngineTraits engine;
   Tiling tiling;
   int local_units;  // that the kernel is made for (local)
-  int shape;        // number of the kernel's (resident)
+  int shape;        // number of the kernel's (resident, resident_cluster)
   int blocks;       // in a group
   int groups;       // for each direction
   // What goes round in global memory is not the output: rows of that are no whole 16 bytes, or windows overlap.
@@ -161,6 +177,23 @@ struct Plan {
   double cycles;              // estimated, for a step
   std::string reason;         // why there is a launch for every step; else empty
 };
+
+// Whether what cells read is more than L2 still has, of which it gets a part: then it is asked for early.
+inline bool comes_from_memory(const Work& work) {
+  constexpr Index bytes = 16 << 20;
+  const RecurrenceShape& shape = work.shape;
+  const Index real = work.format == Format::float64 ? 8
+                     : work.format == Format::float16 || work.format == Format::bfloat16 ? 2 : 4;
+  const Index gates = gate_count(shape.cell) * real;
+  const Index cell = work.pass == Pass::forward ? gates : gates + real + (shape.cell == Cell::lstm ? 8 : real);
+  return shape.T * shape.B * shape.H * cell * work.directions > bytes;
+}
+
+// Whether vectors go through blocks' shared memory; whether registers hold all weights of a group of blocks.
+inline bool has_vectors(const Plan& plan) {
+  return plan.method == Method::local || plan.method == Method::cluster || plan.method == Method::resident_cluster;
+}
+constexpr bool is_resident(Method method) { return method == Method::resident || method == Method::resident_cluster; }
 
 // Where the bytes of a block's weights are from step to step. Those of the last block's missing rows count.
 struct Residency {
@@ -196,6 +229,7 @@ constexpr const char* name(Method method) {
     case Method::cluster: return "cluster";
     case Method::grid: return "grid";
     case Method::resident: return "resident";
+    case Method::resident_cluster: return "resident_cluster";
     case Method::gemm: return "gemm";
     case Method::steps: break;
   }

@@ -7,11 +7,12 @@
 //   RNNFAST_DEVICE, RNNFAST_ANYWHERE, RNNFAST_KERNEL,
 //   RNNFAST_ARGUMENT, RNNFAST_UNROLL, RNNFAST_ROLL          how functions, their arguments, loops are marked
 //   block_index, thread_index, shared_memory                where a thread is
-//   sync_block, sync_cluster                                barriers; they order all memory of their threads
+//   sync_warp, sync_block, sync_cluster                     barriers; they order all memory of their threads
 //   load_shared, store_shared                               shared memory, ordered by barriers
-//   load_global                                             global memory that nobody writes meanwhile
+//   load_global, prefetch                                   global memory that nobody writes meanwhile
 //   load_arriving, publish, publish_to_peer                 words that threads hand each other without a barrier
 //   any_lane_waits, relax                                   what to do while waiting for them
+//   computed_once                                           a value that a loop shall find in a register
 //   fail                                                    an error that the host will see
 //   exchange_lanes, from_lane, multiply                     a warp's: shuffles and matrix multiply-accumulate
 //   max_halves                                              of packed 16-bit numbers
@@ -52,11 +53,24 @@ struct Place {
 RNNFAST_DEVICE Place block_index() { return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)}; }
 RNNFAST_DEVICE int thread_index() { return int(threadIdx.x); }
 
-RNNFAST_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
-  return memory;
+// The compiler computes again in every step what it thinks cheap, to spare registers; where a step is a chain of
+// instructions none is cheap. What comes from another lane it keeps. For all lanes of a warp.
+RNNFAST_DEVICE int computed_once(int value) { return __shfl_xor_sync(0xffffffffu, value, 0); }
+RNNFAST_DEVICE std::int64_t computed_once(std::int64_t value) {
+  return __shfl_xor_sync(0xffffffffu, static_cast<long long>(value), 0);
+}
+template <class T>
+RNNFAST_DEVICE T* computed_once(T* value) {
+  return reinterpret_cast<T*>(computed_once(reinterpret_cast<std::int64_t>(value)));
 }
 
+RNNFAST_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  const int address = computed_once(int(__cvta_generic_to_shared(memory)));
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(std::size_t(unsigned(address))));
+}
+
+RNNFAST_DEVICE void sync_warp() { __syncwarp(); }
 RNNFAST_DEVICE void sync_block() { __syncthreads(); }
 
 // Before sm_90 a cluster is one block.
@@ -80,6 +94,9 @@ RNNFAST_DEVICE void store_shared(T* to, T value) {
 
 // Past the first-level cache, which has no use for what is read once a step.
 RNNFAST_DEVICE uint4 load_global(const uint4* from) { return __ldcg(from); }
+
+// Asks for what will be read later, as memory takes longer than a short step.
+RNNFAST_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // Words that one thread stores and others read without a barrier between. Each is written and read whole, and
 // read from where all of them see it; nothing else is ordered by it. A uint4 is read as any words in it.
@@ -135,6 +152,18 @@ RNNFAST_WORD(std::uint32_t, "r", "u32")
 RNNFAST_WORD(std::uint64_t, "l", "u64")
 #undef RNNFAST_WORD
 #undef RNNFAST_TO_PEER
+
+// Of 16 bytes each word arrives whole.
+RNNFAST_DEVICE void publish_to_peer(int rank, uint4* mine, const uint4& v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  publish(InShared{}, mine, v);
+#else
+  std::uint32_t theirs;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
+  asm volatile("st.relaxed.cluster.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(theirs), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
+}
 
 // Whether a lane of the warp still waits: so that all go on together.
 RNNFAST_DEVICE bool any_lane_waits(bool waits) { return __any_sync(0xffffffffu, waits); }

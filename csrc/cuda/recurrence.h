@@ -219,9 +219,11 @@ struct Recurrence {
     State* kept = states + at * units + unit_in_block;
     State state = Step::has_state ? load_shared(kept) : State(0);
     const typename Step::Column column = column_at(at);
-    const typename Step::Outputs outputs = step.compute(item.p, column, own_unit, inputs, sums, state);
+    const typename Step::Outputs outputs = step.template compute<false>(item.p, column, inputs, sums, state);
     if (step.sends(item.p, column)) hand_on(item, at, column, outputs);
-    step.store(item.p, column, column_of(at), own_unit, outputs, state, in_shared || args.apart);
+    step.template store<false>(item.p, column, column_of(at), own_unit, step.place(item.p, column, own_unit), outputs,
+                               state, args.apart);
+    if (item.p + 1 == args.end) step.finish(column, own_unit, outputs);
     if (Step::has_state) store_shared(kept, state);
   }
 
@@ -251,7 +253,8 @@ struct Recurrence {
   // Whether there is such a cell; then also its inputs.
   RNNFAST_DEVICE bool load_cell(const Item& item, int n, typename Step::Inputs& inputs) const {
     if (!has_cell(item, n)) return false;
-    inputs = step.load(item.p, column_at(item.pass_begin + n), own_unit);
+    const typename Step::Column column = column_at(item.pass_begin + n);
+    inputs = step.template load<false>(item.p, column, own_unit, step.place(item.p, column, own_unit));
     return true;
   }
 

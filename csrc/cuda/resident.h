@@ -1,11 +1,13 @@
-// The method resident: as grid, of blocks whose registers hold all weights and which multiply all of a group's columns
-// at once. What a step does is known when this is compiled, but for the number of terms, so that few instructions stand
-// between a vector's arrival and the numbers that it becomes; see recurrence.h for the rest.
+// The methods resident and resident_cluster: as grid and cluster, of blocks whose registers hold all weights and which
+// multiply all of a group's columns at once. What a step does is known when this is compiled, but for the number of
+// terms, so that few instructions stand between a vector's arrival and the numbers that it becomes; see recurrence.h for
+// the rest, and handover.h for how vectors go round.
 //
 // For an LSTM forward a tile has two gates of eight units and its neighbour the other two, so that a lane has a unit's
 // four sums side by side, and they go through shared memory 16 bytes at a time.
 #pragma once
 
+#include "handover.h"
 #include "weights.h"
 
 namespace rnnfast::cuda {
@@ -16,31 +18,32 @@ struct Shape {
   static constexpr int rows = rows_, steps = steps_, columns = columns_;
 };
 
-template <class Step, class Shape>
+template <class Step, class Shape, template <class, int, int> class Handover>
 struct Resident {
   using Real = typename Step::Real;
   using State = float;
   using Tile = Mma<Real, 1>;
-  using Bits = BitsOf<Real>;
   static constexpr int sums = Step::sums, columns = Shape::columns * Tile::tile_columns;
   static constexpr int units = Shape::rows * Tile::tile_rows / sums;
   static constexpr int pitch = units * sums + 4;  // from one column of partial sums to the next, spread over the banks
   static constexpr int each = block_warps * Tile::step;
+  using Sums = typename Tile::template SumsOf<(Shape::rows * Shape::columns < 8 ? 2 : 1)>;
   static constexpr int cell_columns = block_threads / units;  // of which the block's threads have a cell each
   static constexpr int cells = columns > cell_columns ? columns / cell_columns : 1;  // of a thread
 
   const Arguments<Step>& args;
+  const int direction;
   const Step step;
-  const int direction, group, block, thread, lane, warp;
+  const int group, block, thread, lane, warp;
   const int own_unit, own_column;
-  const int valid_steps;
-  State* const partials;  // (2, warps, columns, pitch)
-  const Real* const zeros;
+  const int first_term, valid_steps;  // of this lane's numbers of a vector
+  State* const partials;              // (2, warps, columns, pitch)
+  const Handover<Step, columns, units> handover;
 
   RNNFAST_DEVICE explicit Resident(const Arguments<Step>& arguments, const typename Step::Layer& layer)
       : args(arguments),
-        step{args.shape, layer, args.carries[block_index().z]},
-        direction(block_index().z),
+        direction(computed_once(block_index().z)),
+        step{args.shape, layer, args.carries[direction]},
         group(block_index().y),
         block(block_index().x),
         thread(thread_index()),
@@ -48,12 +51,13 @@ struct Resident {
         warp(thread / 32),
         own_unit(block * units + thread % units),
         own_column(thread / units),
+        first_term(warp * Tile::step + Tile::first(lane)),
         valid_steps(steps_of_lane()),
         partials(reinterpret_cast<State*>(shared_memory() + args.shared.partials)),
-        zeros(args.initial[direction] + Index(args.initial_rows) * args.tiling.exchange_stride) {}
+        handover(args, step) {}
 
   RNNFAST_DEVICE int steps_of_lane() const {
-    const int rest = args.tiling.exchange_stride - warp * Tile::step - Tile::first(lane);
+    const int rest = args.tiling.exchange_stride - first_term;
     return rest > 0 ? (rest + each - 1) / each : 0;
   }
 
@@ -64,33 +68,22 @@ struct Resident {
   }
   RNNFAST_DEVICE bool has_column(int n) const { return n < columns && group * columns + n < args.tiling.columns; }
 
-  // Where this lane's numbers of the vector lie that a column gets at step p.
-  RNNFAST_DEVICE const Real* source(int p, int index, const typename Step::Column& column) const {
-    const Real* from = zeros;
-    if (p < args.end && step.arrives(p, column)) {
-      from = step.is_initial(p)
-                 ? args.initial[direction] + Index(index) * args.tiling.exchange_stride
-                 : args.exchange[direction] + Index(step.source_row(p, column)) * args.tiling.exchange_stride;
-    }
-    return from + warp * Tile::step + Tile::first(lane);
-  }
-
   using Inputs = uint4[Shape::columns][Shape::steps];
 
   template <class Use>
   RNNFAST_DEVICE void for_each_input(Use&& use) const {
     RNNFAST_UNROLL
     for (int i = 0; i < Shape::steps; ++i) {
-      if (i >= args.tiling.k_steps) break;
+      if (i > 0 && i >= args.tiling.k_steps) break;
       RNNFAST_UNROLL
       for (int c = 0; c < Shape::columns; ++c) use(c, i);
     }
   }
   RNNFAST_DEVICE uint4 read_one(const Real* from, int i) const {
-    return FromGlobal::read(reinterpret_cast<const uint4*>(i < valid_steps ? from + i * each : zeros));
+    return handover.read(i < valid_steps ? from + i * each : handover.zeros);
   }
 
-  // Reads again what is missing, and no more: all blocks ask L2 for the same numbers.
+  // Reads again what is missing, and no more: where blocks ask L2, they all ask for the same numbers.
   RNNFAST_DEVICE void await(const Real* const (&from)[Shape::columns], Inputs& inputs) const {
     for (;;) {
       Arrivals<Real> arrivals;
@@ -127,14 +120,15 @@ struct Resident {
 
   // This warp's share of all sums, to `partials`.
   RNNFAST_DEVICE void multiply(const Weights& weights, const Inputs& inputs, State* out) const {
-    typename Tile::Sums total[Shape::rows][Shape::columns] = {};
+    Sums total[Shape::rows][Shape::columns] = {};
     RNNFAST_UNROLL
     for (int i = 0; i < Shape::steps; ++i) {
-      if (i >= args.tiling.k_steps) break;
+      if (i > 0 && i >= args.tiling.k_steps) break;
       RNNFAST_UNROLL
       for (int r = 0; r < Shape::rows; ++r) {
         RNNFAST_UNROLL
-        for (int c = 0; c < Shape::columns; ++c) Tile::multiply(weights[r][i], inputs[c][i], total[r][c]);
+        for (int c = 0; c < Shape::columns; ++c)
+          Tile::template multiply<Handover<Step, columns, units>::are_taken>(weights[r][i], inputs[c][i], total[r][c]);
       }
     }
     RNNFAST_UNROLL
@@ -171,91 +165,128 @@ struct Resident {
     for (int k = 0; k < block_warps; ++k)
       parts[k] = load_shared(reinterpret_cast<const Part*>(from + k * (columns * pitch)));
     RNNFAST_UNROLL
-    for (int sum = 0; sum < sums; ++sum) total[sum] = 0;
-    RNNFAST_UNROLL
-    for (int k = 0; k < block_warps; ++k) {
+    for (int half = block_warps / 2; half > 0; half /= 2) {  // in pairs, so that additions don't wait for each other
       RNNFAST_UNROLL
-      for (int sum = 0; sum < sums; ++sum) total[sum] += parts[k].of[sum];
+      for (int k = 0; k < half; ++k) {
+        RNNFAST_UNROLL
+        for (int sum = 0; sum < sums; ++sum) parts[k].of[sum] += parts[k + half].of[sum];
+      }
     }
+    RNNFAST_UNROLL
+    for (int sum = 0; sum < sums; ++sum) total[sum] = parts[0].of[sum];
   }
+
+  using Source = typename Handover<Step, columns, units>::Source;
+  using Target = typename Handover<Step, columns, units>::Target;
+
+  // Of the cells of a thread.
+  struct Cell {
+    int index;  // of the column, of all there are
+    bool has_column, exists;
+    typename Step::Column column;
+    CellPlace place;  // in this step
+    Target target;
+  };
 
   RNNFAST_DEVICE void run() const {
     Weights weights;
     load(weights);
-    int source_index[Shape::columns];
-    typename Step::Column source_column[Shape::columns];
+    handover.begin();
+    Source source[Shape::columns];
     const Real* from[Shape::columns];
     RNNFAST_UNROLL
     for (int c = 0; c < Shape::columns; ++c) {
-      source_index[c] = column_of(c * Tile::tile_columns + lane / 4);
-      source_column[c] = step.column(source_index[c]);
-      from[c] = source(args.begin, source_index[c], source_column[c]);
+      const int n = c * Tile::tile_columns + lane / 4;
+      source[c] = handover.source(args.begin, n, step.column(column_of(n)));
+      from[c] = handover.first(source[c]) + first_term;
     }
-    bool exists[cells];
-    typename Step::Column column[cells];
-    typename Step::Inputs ahead[cells] = {};
+    Cell cell[cells];
     State state[cells] = {};
     RNNFAST_UNROLL
     for (int i = 0; i < cells; ++i) {
-      const int n = own_column + i * cell_columns;
-      exists[i] = has_column(n) && own_unit < int(args.shape.H);
-      column[i] = step.column(column_of(n));
-      if (!exists[i]) continue;
-      if (Step::has_state) state[i] = step.state_before(args.begin, column_of(n), own_unit);
-      if (step.has_cell(args.begin, column[i])) ahead[i] = step.load(args.begin, column[i], own_unit);
+      const int n = own_column + i * cell_columns, index = column_of(n);
+      const typename Step::Column column = step.column(index);
+      const CellPlace place = step.place(args.begin, column, own_unit);
+      cell[i] = {index, has_column(n), has_column(n) && own_unit < int(args.shape.H), column, place,
+                 handover.target(args.begin, n, column)};
+      if (Step::has_state && cell[i].exists) state[i] = step.state_before(args.begin, index, own_unit);
     }
+    const CellPlace on = step.places_on(1);
+    const int steady_begin = step.steady_begin();
+    const auto load_inputs = [&](int p, const CellPlace& further, typename Step::Inputs (&to)[cells]) {
+      with_steadiness(step, p, steady_begin, [&](auto steady) {
+        RNNFAST_UNROLL
+        for (int i = 0; i < cells; ++i) {
+          const Cell& of = cell[i];
+          if (of.exists && (steady.value || step.has_cell(p, of.column)))
+            to[i] = step.template load<steady.value>(p, of.column, own_unit, of.place + further);
+        }
+      });
+    };
+    typename Step::Inputs ahead[cells] = {};
+    load_inputs(args.begin, {0, 0}, ahead);
 
+    typename Step::Outputs outputs[cells] = {};
     RNNFAST_ROLL
     for (int p = args.begin; p < args.end; ++p) {
-      Inputs inputs = {};
+      Inputs inputs;
       for_each_input([&](int c, int i) { inputs[c][i] = read_one(from[c], i); });
-      // While these are on their way.
+      // What a cell reads comes a step ahead, and where vectors come from L2 behind those of this step.
       typename Step::Inputs now[cells];
       RNNFAST_UNROLL
-      for (int i = 0; i < cells; ++i) {
-        now[i] = ahead[i];
-        if (exists[i] && p + 1 < args.end && step.has_cell(p + 1, column[i]))
-          ahead[i] = step.load(p + 1, column[i], own_unit);
-      }
+      for (int i = 0; i < cells; ++i) now[i] = ahead[i];
+      if (!handover.is_far && p + 1 < args.end) load_inputs(p + 1, on, ahead);
       const Real* next[Shape::columns];
       RNNFAST_UNROLL
-      for (int c = 0; c < Shape::columns; ++c) next[c] = source(p + 1, source_index[c], source_column[c]);
+      for (int c = 0; c < Shape::columns; ++c) next[c] = handover.next(p, source[c]) + first_term;
       await(from, inputs);
       multiply(weights, inputs, partials_of(p, warp));
+      for_each_input([&](int c, int i) {
+        if (i < valid_steps) handover.empty(from[c] + i * each);
+      });
       sync_block();
-      RNNFAST_UNROLL
-      for (int i = 0; i < cells; ++i) {
-        if (!exists[i] || !step.has_cell(p, column[i])) continue;
-        const int n = own_column + i * cell_columns;
-        State total[sums];
-        add_partials(p, n, total);
-        const typename Step::Outputs outputs = step.compute(p, column[i], own_unit, now[i], total, state[i]);
-        if (step.sends(p, column[i])) {
-          Real* out = args.exchange[direction] + Index(step.row(p, column[i])) * args.tiling.exchange_stride;
-          step.for_each_sent(own_unit, outputs, [&](int k, Real value) {
-            publish(InGlobal{}, reinterpret_cast<Bits*>(out + k), never_absent(value));
-          });
+      with_steadiness(step, p, steady_begin, [&](auto steady) {
+        RNNFAST_UNROLL
+        for (int i = 0; i < cells; ++i) {
+          Cell& of = cell[i];
+          const bool has_cell = of.exists && (steady.value || step.has_cell(p, of.column));
+          const bool sends = steady.value || step.sends(p, of.column);
+          if (has_cell) {
+            State total[sums];
+            add_partials(p, own_column + i * cell_columns, total);
+            outputs[i] = step.template compute<steady.value>(p, of.column, now[i], total, state[i]);
+            if (sends) handover.put(p, of.target, own_unit, outputs[i]);
+          }
+          handover.pass_on(p, of.target, of.has_column && sends);
+          if (has_cell)
+            step.template store<steady.value>(p, of.column, of.index, own_unit, of.place, outputs[i], state[i],
+                                              args.apart);
+          of.place = of.place + on;
         }
-        step.store(p, column[i], column_of(n), own_unit, outputs, state[i], args.apart);
-      }
+      });
+      if (handover.is_far && p + 1 < args.end) load_inputs(p + 1, {0, 0}, ahead);
       RNNFAST_UNROLL
       for (int c = 0; c < Shape::columns; ++c) from[c] = next[c];
     }
 
+    RNNFAST_UNROLL
+    for (int i = 0; i < cells; ++i)
+      if (cell[i].exists) step.finish(cell[i].column, own_unit, outputs[i]);
     if constexpr (Step::has_state) {
       RNNFAST_UNROLL
       for (int i = 0; i < cells; ++i)
-        if (exists[i]) step.keep_state(column_of(own_column + i * cell_columns), own_unit, state[i]);
+        if (cell[i].exists) step.keep_state(cell[i].index, own_unit, state[i]);
     }
+    handover.end();
   }
 };
 
-template <class Step, class Shape>
+template <class Step, class Shape, template <class, int, int> class Handover>
 RNNFAST_KERNEL(block_threads)
 recur_resident(RNNFAST_ARGUMENT Arguments<Step> args) {
   if constexpr (has_tensor_cores) {
     const typename Step::Layer layer = args.layers[block_index().z];
-    const Resident<Step, Shape> resident(args, layer);
+    const Resident<Step, Shape, Handover> resident(args, layer);
     resident.run();
   } else {
     fail();

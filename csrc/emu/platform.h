@@ -53,6 +53,7 @@ void store_shared(T* to, T value) {
 }
 
 inline uint4 load_global(const uint4* from) { return *from; }
+inline void prefetch(const void*) {}
 
 struct InGlobal {};
 struct InShared {};
@@ -93,6 +94,16 @@ inline bool any_lane_waits(bool waits) {
 }
 
 inline void relax() { emu::yield(); }
+
+template <class T>
+T computed_once(T value) {
+  return value;
+}
+
+inline void sync_warp() {
+  const bool here = true;
+  emu::all_lanes(&here, sizeof(here));
+}
 
 [[noreturn]] inline void fail() { throw std::runtime_error("a kernel that was not built"); }
 

@@ -85,7 +85,8 @@ class Layers:
     """A layer in one direction or in both, by the kernels of one extension module.
 
     native: `_cuda` or the emulator. method: one of docs/cuda.md ("local", "cluster", "grid",
-    "resident", "steps" or "gemm") to force how the recurrence runs, "" to let the planner choose.
+    "resident", "resident_cluster", "steps" or "gemm") to force how the recurrence runs, "" to let
+    the planner choose.
     Arguments and results of the methods are those of the operators in ops.py.
     """
 
@@ -325,9 +326,10 @@ class Layers:
         return index, getattr(self.native, f"{which}_{FORMATS[dtype]}"), launches
 
     def _by_products(self, plan: Any, one: Recurrence, index: int, stream: int) -> None:
-        """A recurrence by a product of torch's and a launch of the cells for every step.
+        """A recurrence by a product of cuBLAS's and a launch of the cells for every step.
 
-        The host must not fall behind: all that steps have in common is made before the first.
+        The host must not fall behind. So the steps are queued by the core, with torch's handle;
+        where it doesn't find cuBLAS, by torch.mm, with all that steps have in common made before.
         """
         forward = one.which == "forward"
         if forward:
@@ -337,6 +339,15 @@ class Layers:
             weights, outputs, dh0 = one.arrays[4], *one.arrays[9:11]
         (T, B, *_), wide = one.sizes, state_dtype(one.like.dtype)
         sums = outputs.new_empty(B, weights.shape[1], dtype=wide)
+        if outputs.is_cuda and self.native.has_products():
+            run = getattr(self.native, f"{one.which}_by_products_{FORMATS[one.like.dtype]}")
+            with torch.cuda.device(index):
+                handle = torch.cuda.current_blas_handle()
+            addresses = list(map(_address, one.arrays))
+            run(plan, one.reverse, addresses, _address(sums), index, stream, handle)
+            if not forward:
+                dh0.view(B, -1).copy_(sums)
+            return
         multiply = _product_into(sums, weights)
         make = getattr(self.native, f"{one.which}_cells_{FORMATS[one.like.dtype]}")
         addresses = list(map(_address, one.arrays))

@@ -30,8 +30,8 @@ class CudaPlan:
         T, B, I, H: steps, batch rows, input size, hidden units.
         dtype: of the tensors.
         number_format: what is multiplied: "tf32", or the dtype's name.
-        method: who hands h to whom: "local", "cluster", "grid", "resident", "steps" or "gemm";
-            docs/cuda.md says what they are.
+        method: who hands h to whom: "local", "cluster", "grid", "resident", "resident_cluster",
+            "steps" or "gemm"; docs/cuda.md says what they are.
         reason: why there is a launch for every step; else empty.
         launches: of the recurrence: 1, or with "steps" and "gemm" one a step.
         directions, groups, blocks: a launch has this many directions, each of them groups that own

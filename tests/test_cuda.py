@@ -21,7 +21,7 @@ from tolerance import assert_close
 
 RESIDENT = ["resident", "resident_cluster"]  # only on tensor cores
 OURS = ["local", "cluster", "grid", *RESIDENT, "steps"]
-METHODS = [*OURS, "gemm"]  # whose products are torch's
+METHODS = [*OURS, "gemm"]  # whose products are a library's
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALF = [torch.float16, torch.bfloat16]
 TURNS = [(method, d) for method in OURS for d in (HALF if method in RESIDENT else DTYPES)]
@@ -130,6 +130,13 @@ EDGE_CASES = [
 )
 def test_edges_of_the_kernels(case, method, dtype):
     check(case, dtype, method, **SMALL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [Case(*EDGES[1], reverse=True), Case(*EDGES[2])], ids=str)
+def test_products_by_torch_where_cublas_is_not_found(case, dtype, monkeypatch):
+    monkeypatch.setattr(native, "has_products", lambda: False)
+    check(case, dtype, "gemm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

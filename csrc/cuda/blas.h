@@ -2,22 +2,41 @@
 // cells are so short that a call of Python's for each would take longer than they do.
 //
 // Nothing is linked: the one function is looked up in the process, and torch.mm does its work where it is not found.
+// The emulator has its own, and is included first.
 #pragma once
-
-#include <dlfcn.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "kernels.h"
 
+#if !defined(RNNFAST_EMULATOR)
+
+#include <dlfcn.h>
+
 namespace rnnfast::cuda {
 
-// cublasGemmEx and its constants, which are part of cuBLAS's binary interface.
 using GemmEx = int (*)(void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha,
                        const void* a, int a_type, int lda, const void* b, int b_type, int ldb, const void* beta,
                        void* c, int c_type, int ldc, int compute, int algorithm);
 
+inline GemmEx loaded_gemm() {
+  static const GemmEx found = []() -> GemmEx {
+    for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11"})
+      if (void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD))
+        return reinterpret_cast<GemmEx>(dlsym(library, "cublasGemmEx"));
+    return nullptr;
+  }();
+  return found;
+}
+
+}  // namespace rnnfast::cuda
+
+#endif
+
+namespace rnnfast::cuda {
+
+// Constants of cublasGemmEx, which are part of cuBLAS's binary interface.
 struct BlasTypes {
   int number, sum, compute;
 };
@@ -32,16 +51,6 @@ constexpr BlasTypes blas_types(Format format) {
     case Format::bfloat16: break;
   }
   return {bfloat16, float32, compute_32};
-}
-
-inline GemmEx loaded_gemm() {
-  static const GemmEx found = []() -> GemmEx {
-    for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11"})
-      if (void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD))
-        return reinterpret_cast<GemmEx>(dlsym(library, "cublasGemmEx"));
-    return nullptr;
-  }();
-  return found;
 }
 
 // All steps of a recurrence. `weights`: w_hh (G*H, H). `vectors`: the (T, B, terms) that steps leave behind and the next

@@ -1,4 +1,5 @@
 // The extension module of the CUDA kernels on the emulator: the same functions, and what tests set.
+#include "blas.h"
 #include "faults.h"  // the emulator's platform comes first
 
 #include "../cuda/bindings.h"

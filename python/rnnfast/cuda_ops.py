@@ -339,10 +339,9 @@ class Layers:
             weights, outputs, dh0 = one.arrays[4], *one.arrays[9:11]
         (T, B, *_), wide = one.sizes, state_dtype(one.like.dtype)
         sums = outputs.new_empty(B, weights.shape[1], dtype=wide)
-        if outputs.is_cuda and self.native.has_products():
+        if self.native.has_products():
             run = getattr(self.native, f"{one.which}_by_products_{FORMATS[one.like.dtype]}")
-            with torch.cuda.device(index):
-                handle = torch.cuda.current_blas_handle()
+            handle = _blas_handle(index) if outputs.is_cuda else 0
             addresses = list(map(_address, one.arrays))
             run(plan, one.reverse, addresses, _address(sums), index, stream, handle)
             if not forward:
@@ -394,6 +393,12 @@ def _finished(direction: Generator) -> tuple:
     except StopIteration as end:
         return end.value
     raise AssertionError("a direction asks for one launch")
+
+
+def _blas_handle(index: int) -> int:
+    """torch's for this device, its current stream and what torch allows products to do."""
+    with torch.cuda.device(index):
+        return torch.cuda.current_blas_handle()
 
 
 def _product_into(sums: Tensor, weights: Tensor) -> Callable[[Tensor], Any]:

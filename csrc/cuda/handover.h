@@ -110,7 +110,7 @@ struct ThroughCluster {
         block(block_index().x),
         thread(thread_index()),
         stride(args.tiling.stride),
-        vectors(reinterpret_cast<Real*>(shared_memory() + args.shared.vectors)),
+        vectors(reinterpret_cast<Real*>(shared_memory_once() + args.shared.vectors)),
         zeros(vectors + resident_slots * columns * stride),
         collected(zeros + args.tiling.zeros + thread / 32 * (Step::sent * 32)) {}
 

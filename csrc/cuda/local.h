@@ -249,7 +249,7 @@ recur_locally(RNNFAST_ARGUMENT Arguments<Step> args) {
   const int steady_begin = step.steady_begin();
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, terms = step.terms();
   const int first_column = block_index().y * Engine::columns, H = int(args.shape.H);
-  Real* vectors = reinterpret_cast<Real*>(shared_memory());  // (2, columns, stride)
+  Real* vectors = reinterpret_cast<Real*>(shared_memory_once());  // (2, columns, stride)
 
   typename Engine::Weights weights;
   Engine::load(args.weights[direction], warp, lane, weights);

@@ -6,7 +6,7 @@
 //
 //   RNNFAST_DEVICE, RNNFAST_ANYWHERE, RNNFAST_KERNEL,
 //   RNNFAST_ARGUMENT, RNNFAST_UNROLL, RNNFAST_ROLL          how functions, their arguments, loops are marked
-//   block_index, thread_index, shared_memory                where a thread is
+//   block_index, thread_index, shared_memory, and _once     where a thread is
 //   sync_warp, sync_block, sync_cluster                     barriers; they order all memory of their threads
 //   load_shared, store_shared                               shared memory, ordered by barriers
 //   load_global, prefetch                                   global memory that nobody writes meanwhile
@@ -66,7 +66,12 @@ RNNFAST_DEVICE T* computed_once(T* value) {
 
 RNNFAST_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
-  const int address = computed_once(int(__cvta_generic_to_shared(memory)));
+  return memory;
+}
+
+// The same, for kernels whose loops have few places in it: what is only known when they run costs others more.
+RNNFAST_DEVICE unsigned char* shared_memory_once() {
+  const int address = computed_once(int(__cvta_generic_to_shared(shared_memory())));
   return static_cast<unsigned char*>(__cvta_shared_to_generic(std::size_t(unsigned(address))));
 }
 

@@ -53,7 +53,7 @@ struct Resident {
         own_column(thread / units),
         first_term(warp * Tile::step + Tile::first(lane)),
         valid_steps(steps_of_lane()),
-        partials(reinterpret_cast<State*>(shared_memory() + args.shared.partials)),
+        partials(reinterpret_cast<State*>(shared_memory_once() + args.shared.partials)),
         handover(args, step) {}
 
   RNNFAST_DEVICE int steps_of_lane() const {

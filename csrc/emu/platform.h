@@ -99,6 +99,7 @@ template <class T>
 T computed_once(T value) {
   return value;
 }
+inline unsigned char* shared_memory_once() { return shared_memory(); }
 
 inline void sync_warp() {
   const bool here = true;

@@ -7,7 +7,7 @@
 namespace rnnfast::cuda {
 namespace {
 
-// What a step's work costs, in cycles of an H200: fitted by benchmarks/gpu_plans.py to the times of 2,387 plans in
+// What a step's work costs, in cycles of an H200: fitted by benchmarks/gpu_plans.py to the times of 2,535 plans in
 // docs/cuda_plans.json. Of the plans of each kind half lie within 8 % of the estimate, nine in ten within 23 %.
 struct Costs {
   double item;           // that stands between two barriers
@@ -28,10 +28,10 @@ struct Costs {
   double rounded;        // a tile whose inputs are rounded to TF32 first
 };
 
-constexpr Costs tensor_core_costs{853, 879, 7.08, 0, 2.93e-5, 0.0506, 0.013, 508, 24.2, 498, 0.0124, 179, 8.46, 0.506, 583, 3.79};
+constexpr Costs tensor_core_costs{712, 910, 6.56, 0.00288, 2.03e-5, 0.0407, 0.0111, 434, 26.3, 592, 0.0108, 274, 9.56, 0.0922, 468, 4.53};
 constexpr Costs resident_costs{537, 0, 0, 0.0314, 6.96e-5, 0, 0.021, 215, 0, 31.6, 0, 526, 10.3, 3.09, 30.2, 2.36};
 constexpr Costs resident_cluster_costs{414, 0, 3.42, 0, 0, 0, 0.00597, 135, 24.4, 206, 0.0476, 0, 18, 0, 347, 0};
-constexpr Costs fma_costs{1130, 915, 0, 0.00531, 0.000118, 0.0242, 0.0457, 241, 28.3, 507, 0, 75.6, 5.94, 0, 416, 0};
+constexpr Costs fma_costs{716, 884, 0, 0.00363, 8.35e-5, 0.0197, 0.0504, 479, 25.3, 565, 0, 126, 8.11, 0, 415, 0};
 constexpr Costs double_costs{2120, 1200, 0, 0.0144, 1.27e-4, 0.0199, 0.04, 0, 28.4, 0, 0, 0, 0, 0, 0, 0};
 
 constexpr double launch_cycles = 8000;  // a kernel in a stream: published, not measured

@@ -44,7 +44,7 @@ def check(case, dtype, method="", seed=1, **properties):
 
 # Methods, their dtypes, sizes and cuts: overlapping windows are for two, and one exchanges vectors
 # of whole 16 bytes.
-ANY, APART = [9, 17, 40, 65], [None, (1, 1), (2, 2)]
+ANY, APART = [9, 17, 40, 65], [None, (1, 1), (2, 2), (6, 6)]
 KINDS = [
     (["cluster", "steps"], DTYPES, ANY, [*APART, (2, 3), (3, 11)]),
     (["local", "grid", "resident"], DTYPES, ANY, APART),
@@ -130,6 +130,16 @@ EDGE_CASES = [
 )
 def test_edges_of_the_kernels(case, method, dtype):
     check(case, dtype, method, **SMALL)
+
+
+# Windows have steps in which none begins or ends; one may be shorter, the last or the first.
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "tanh"])
+@pytest.mark.parametrize(("method", "dtype"), TURNS, ids=str)
+def test_windows_of_many_steps(method, dtype, cell, reverse):
+    for T, k in ((15, 5), (13, 5), (16, 5), (5, 5), (4, 5)):
+        case = Case(cell, T, 3, 2, 24, truncate=(k, k), reverse=reverse)
+        check(case, dtype, method, **SMALL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

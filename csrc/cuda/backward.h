@@ -181,7 +181,7 @@ struct Backward {
     return out;
   }
 
-  static constexpr int sent = gates;  // numbers of a cell, H apart in the vector
+  static constexpr int sent = gates;
   RNNFAST_DEVICE bool sends(int p, const Column& column) const { return is_inside(p, column); }
   template <class Put>
   RNNFAST_DEVICE void for_each_sent(int unit, const Outputs& out, Put&& put) const {

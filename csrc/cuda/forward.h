@@ -160,8 +160,8 @@ struct Forward {
     return out;
   }
 
+  static constexpr int sent = 1;  // numbers of a cell in the next step's vector, H apart
   // Whether a cell hands numbers to the next step, and put(k, number) for each.
-  static constexpr int sent = 1;  // numbers of a cell, H apart in the vector
   RNNFAST_DEVICE bool sends(int, const Column&) const { return true; }
   template <class Put>
   RNNFAST_DEVICE void for_each_sent(int unit, const Outputs& out, Put&& put) const {

@@ -63,13 +63,9 @@ struct Backward {
   // As forward: from a step to the one before it.
   RNNFAST_DEVICE Index rows_on() const { return layer.reverse ? shape.B : -shape.B; }
   RNNFAST_DEVICE CellPlace place(int p, const Column& column, int unit) const {
-    const Index row = this->row(p, column);
-    return {row * shape.H + unit, row * (gates * shape.H) + unit};
+    return place_of<gates>(row(p, column), shape.H, unit);
   }
-  RNNFAST_DEVICE CellPlace places_on(int steps) const {
-    const Index units = steps * rows_on() * shape.H;
-    return {computed_once(units), computed_once(gates * units)};
-  }
+  RNNFAST_DEVICE CellPlace places_on(int steps) const { return places_between<gates>(steps * rows_on(), shape.H); }
 
   // The step after this one, if it lies in the window, sends its da.
   RNNFAST_DEVICE bool arrives(int p, const Column& column) const { return p > 0 && is_inside(p - 1, column); }

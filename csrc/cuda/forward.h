@@ -33,6 +33,16 @@ struct CellPlace {
   RNNFAST_ANYWHERE CellPlace operator+(const CellPlace& on) const { return {unit + on.unit, gates + on.gates}; }
 };
 
+template <int gates>
+RNNFAST_DEVICE CellPlace place_of(Index row, Index H, int unit) {
+  return {row * H + unit, row * (gates * H) + unit};
+}
+// How far it is from a step's places to those of another, so many rows on.
+template <int gates>
+RNNFAST_DEVICE CellPlace places_between(Index rows, Index H) {
+  return {computed_once(rows * H), computed_once(rows * (gates * H))};
+}
+
 // body(std::true_type or false_type): the one for steady steps, and the one for any.
 template <class Step, class Body>
 RNNFAST_DEVICE void with_steadiness(const Step& step, int p, int begin, Body&& body) {
@@ -84,13 +94,9 @@ struct Forward {
   // Rows from a step to the next one.
   RNNFAST_DEVICE Index rows_on() const { return layer.reverse ? -shape.B : shape.B; }
   RNNFAST_DEVICE CellPlace place(int p, const Column& column, int unit) const {
-    const Index row = this->row(p, column);
-    return {row * shape.H + unit, row * (gates * shape.H) + unit};
+    return place_of<gates>(row(p, column), shape.H, unit);
   }
-  RNNFAST_DEVICE CellPlace places_on(int steps) const {
-    const Index units = steps * rows_on() * shape.H;
-    return {computed_once(units), computed_once(gates * units)};
-  }
+  RNNFAST_DEVICE CellPlace places_on(int steps) const { return places_between<gates>(steps * rows_on(), shape.H); }
 
   // Whether the step before sends a vector, and the row where it lies.
   RNNFAST_DEVICE bool arrives(int, const Column&) const { return true; }

@@ -262,6 +262,17 @@ def test_results_do_not_depend_on_the_order_of_threads(method, dtype):
             assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.parametrize("seed", range(1, 7))
+@pytest.mark.parametrize("method", ["cluster", "resident", "resident_cluster"])
+def test_a_thread_that_lags_behind_is_waited_for(method, seed):
+    """As where places of numbers are emptied: no peer may fill them before."""
+    native.set_laggard(True)
+    try:
+        check(Case("lstm", 5, 8, 2, 104), torch.bfloat16, method, seed=seed)
+    finally:
+        native.set_laggard(False)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("method", ["local", "grid", "steps"])
 @pytest.mark.parametrize("cell", ["lstm", "tanh"])

@@ -94,7 +94,8 @@ inline py::dict as_dict(const Plan& plan) {
                             "partial_bytes"_a = counts.partial_bytes, "cells"_a = counts.cells,
                             "pushes"_a = counts.pushes, "occupied"_a = counts.occupied,
                             "handed_bytes"_a = counts.handed_bytes, "memory"_a = counts.memory,
-                            "peers"_a = counts.peers, "blocks"_a = counts.blocks, "backward"_a = counts.backward, "rounded"_a = counts.rounded, "turns"_a = counts.turns),
+                            "peers"_a = counts.peers, "blocks"_a = counts.blocks,
+                            "backward"_a = counts.backward, "rounded"_a = counts.rounded, "turns"_a = counts.turns),
       "cycles"_a = plan.cycles, "reason"_a = plan.reason);
 }
 

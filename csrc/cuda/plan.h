@@ -189,11 +189,18 @@ inline bool comes_from_memory(const Work& work) {
   return shape.T * shape.B * shape.H * cell * work.directions > bytes;
 }
 
+constexpr bool is_clustered(Method method) { return method == Method::cluster || method == Method::resident_cluster; }
+
 // Whether vectors go through blocks' shared memory; whether registers hold all weights of a group of blocks.
 inline bool has_vectors(const Plan& plan) {
-  return plan.method == Method::local || plan.method == Method::cluster || plan.method == Method::resident_cluster;
+  return plan.method == Method::local || is_clustered(plan.method);
 }
 constexpr bool is_resident(Method method) { return method == Method::resident || method == Method::resident_cluster; }
+
+// Numbers that a cell hands to the next step.
+constexpr Index numbers_sent(const Work& work) {
+  return work.pass == Pass::forward ? 1 : gate_count(work.shape.cell);
+}
 
 // Where the bytes of a block's weights are from step to step. Those of the last block's missing rows count.
 struct Residency {

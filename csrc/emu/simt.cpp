@@ -81,6 +81,7 @@ struct Fiber {
 };
 
 std::uint64_t seed = 1;
+bool has_laggard = false;
 std::map<std::string, int> launches;
 
 // One launch.
@@ -175,6 +176,7 @@ class Executor {
   void schedule(int threads) {
     int unfinished = threads;
     idle_ = 0;
+    const Fiber* const laggard = has_laggard ? fibers_[seed % std::uint64_t(threads)].get() : nullptr;
     while (unfinished > 0) {
       if (runnable_.empty()) fail("threads wait at a barrier that others have passed by");
       if (idle_ > 1000 + 100 * runnable_.size()) fail("threads wait for a number that nobody publishes");
@@ -184,6 +186,7 @@ class Executor {
       seed ^= seed << 17;
       picked_ = seed % runnable_.size();
       current_ = runnable_[picked_];
+      if (current_ == laggard && runnable_.size() > 1 && std::size_t(idle_) <= 2 * runnable_.size()) continue;
       switch_to(*current_);
       if (error_) std::rethrow_exception(error_);
       if (current_->done) {
@@ -274,6 +277,8 @@ void run(const Launch& launch, const std::function<void()>& body) {
 std::map<std::string, int> take_launches() { return std::exchange(launches, {}); }
 
 void set_seed(std::uint64_t value) { seed = value ? value : 1; }
+
+void set_laggard(bool value) { has_laggard = value; }
 
 Extent block_index() { return block().index; }
 int thread_index() { return executor->current().thread; }

@@ -38,6 +38,10 @@ void run(const Launch& launch, const std::function<void()>& body);
 
 void set_seed(std::uint64_t seed);
 
+// Whether one thread of every launch, drawn by the seed, gets a turn only when the others have long had nothing to do but
+// wait: so that whoever relies on it having gone further is found out.
+void set_laggard(bool value);
+
 // What was launched, and how often, since this was last asked.
 std::map<std::string, int> take_launches();
 

@@ -339,17 +339,16 @@ class Layers:
             weights, outputs, dh0 = one.arrays[4], *one.arrays[9:11]
         (T, B, *_), wide = one.sizes, state_dtype(one.like.dtype)
         sums = outputs.new_empty(B, weights.shape[1], dtype=wide)
+        addresses = list(map(_address, one.arrays))
         if self.native.has_products():
             run = getattr(self.native, f"{one.which}_by_products_{FORMATS[one.like.dtype]}")
             handle = _blas_handle(index) if outputs.is_cuda else 0
-            addresses = list(map(_address, one.arrays))
             run(plan, one.reverse, addresses, _address(sums), index, stream, handle)
             if not forward:
                 dh0.view(B, -1).copy_(sums)
             return
         multiply = _product_into(sums, weights)
         make = getattr(self.native, f"{one.which}_cells_{FORMATS[one.like.dtype]}")
-        addresses = list(map(_address, one.arrays))
         cells = make(plan, one.reverse, addresses, _address(sums), index, stream)
         vectors = outputs.view(T, B, -1).unbind()
         if forward == one.reverse:
